@@ -1,0 +1,1 @@
+"""The shell: Prefect flows, the feed, the registry and the command line."""

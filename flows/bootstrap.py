@@ -1,0 +1,263 @@
+"""`sustain bootstrap`: a first champion, trained from labelled data or adopted as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from prefect import flow
+from rich.progress import Progress
+
+from flows.feed import describe_batch, read_batch, read_label_file
+from flows.package import Lineage, Package, build_reference
+from flows.registry import CHAMPION, Registry, Version
+from flows.retrain import log_training
+from flows.settings import Settings, load_settings
+from sft.dataset import LabelledPictures, Role, role_of
+from sft.evaluate import answer
+from sft.memory import remember
+from sft.models import (
+    BUILT_IN,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ModelConfig,
+    Network,
+    build,
+    is_factory,
+)
+from sft.pictures import Preprocessing
+from sft.train import fine_tune
+
+FIRST_REGIME = "first"
+
+
+class BootstrapError(ValueError):
+    """A first champion cannot be made; the message names the thing and the way out."""
+
+
+@dataclass(frozen=True)
+class Bootstrapped:
+    """The first champion: its version, its accuracy on held-out samples, and their number."""
+
+    version: int
+    accuracy: float
+    holdout: int
+    notes: tuple[str, ...]
+
+
+@flow(name="bootstrap")
+def bootstrap(
+    settings_path: str, data: str, labels: str | None = None, adopt: str | None = None
+) -> Bootstrapped:
+    """Make the first champion.
+
+    Args:
+        settings_path: the model's TOML file.
+        data: folder or URL of labelled pictures, in any of the forms of a batch.
+        labels: CSV or Parquet with `sample_id,label`, when the data has no labels of its own.
+        adopt: a state dict of a finished model, which becomes champion untrained. The data should
+            then be samples that it was not trained on.
+
+    Raises:
+        BootstrapError: there is a champion already, or data or settings do not suffice.
+    """
+    settings = load_settings(Path(settings_path))
+    registry = Registry(settings)
+    if adopt is not None and not Path(adopt).is_file():
+        raise BootstrapError(f"there are no weights to adopt at {adopt}")
+    pictures, classes, notes = _labelled_pictures(settings, data, labels)
+    key = _key(settings, pictures, adopt)
+    existing = registry.find_version(key)
+    champion = registry.alias(CHAMPION)
+    if champion is not None and (existing is None or existing.number != champion):
+        raise BootstrapError(
+            f"model {settings.model.name!r} has a champion already (version {champion}): retrain it"
+            " with `sustain retrain`, or choose another name under [model]"
+        )
+    if existing is None:
+        existing = _make(settings, registry, pictures, classes, key, adopt)
+    if "verdict" not in existing.tags:
+        registry.tag(
+            existing, verdict_reason="the first version: nothing to compare with", verdict="first"
+        )
+    if champion is None:
+        registry.move_champion(
+            existing, by="bootstrap", why="the first version", now=datetime.now(UTC)
+        )
+    reference = registry.reference(existing)
+    return Bootstrapped(existing.number, reference.accuracy, reference.n, tuple(notes))
+
+
+def _labelled_pictures(
+    settings: Settings, data: str, labels: str | None
+) -> tuple[LabelledPictures, tuple[str, ...], list[str]]:
+    """Read the data and settle which classes there are."""
+    preprocessing = _preprocessing(settings)
+    batch = describe_batch(data, settings.feed, Path.cwd())
+    read = read_batch(batch, settings.feed, Path.cwd(), preprocessing)
+    notes = [f"{q.sample_id}: {q.reason}" for q in read.quarantined] + list(read.notes)
+    given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
+    if labels is not None:
+        late = read_label_file(labels, Path.cwd())
+        given |= dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
+        notes += late.problems
+    known = {name: str(label) for name, label in given.items() if not pd.isna(label)}
+    kept = [place for place, name in enumerate(read.samples["sample_id"]) if name in known]
+    if not kept:
+        raise BootstrapError(
+            f"no picture in {data} has a label: put the pictures into one folder a class, add a"
+            f" metadata file with the column {settings.feed.label_column!r}, or name a file of labels"
+            " with --labels"
+        )
+    ids = [read.samples["sample_id"].iloc[place] for place in kept]
+    counts = Counter(known[name] for name in ids)
+    classes = settings.model.classes or tuple(sorted(counts))
+    if odd := sorted(set(counts) - set(classes)):
+        raise BootstrapError(
+            f"{data} has labels of classes that [model] classes does not name: {odd[:5]}"
+        )
+    if len(counts) < 2:  # noqa: PLR2004 - one class leaves nothing to learn
+        raise BootstrapError(
+            f"all {len(ids)} labels in {data} are of one class ({next(iter(counts))!r}): a"
+            " classifier needs at least two"
+        )
+    index = {name: place for place, name in enumerate(classes)}
+    return (
+        LabelledPictures(
+            tuple(ids),
+            torch.stack([read.pictures[place].pixels for place in kept]),
+            torch.tensor([index[known[name]] for name in ids]),
+        ),
+        classes,
+        notes,
+    )
+
+
+def _make(
+    settings: Settings,
+    registry: Registry,
+    pictures: LabelledPictures,
+    classes: tuple[str, ...],
+    key: str,
+    adopt: str | None,
+) -> Version:
+    train, holdout = pictures.with_role(Role.TRAIN), pictures.with_role(Role.HOLDOUT)
+    if len(holdout) < 20 or len(set(train.labels.tolist())) < 2:  # noqa: PLR2004 - see the message
+        raise BootstrapError(
+            f"{len(pictures)} labelled pictures leave {len(train)} to train on and {len(holdout)} to"
+            " hold out (at least 20, better ten times a batch): give more"
+        )
+    config = _config(settings, train, classes)
+    run_id = registry.begin_run(
+        "training",
+        f"bootstrap {settings.model.architecture}",
+        {"sustain.retrain_key": key, "sustain.cause": "bootstrap"},
+    )
+    registry.log(run_id, params={**asdict(settings.bootstrap), **asdict(settings.model)})
+    network = _network(settings, config, adopt)
+    if adopt is None:
+        with Progress(transient=True) as progress:
+            bar = progress.add_task("training the first champion", total=settings.bootstrap.epochs)
+            tuned = fine_tune(
+                network,
+                train,
+                settings.bootstrap,
+                validation=(pictures.with_role(Role.VALIDATION),),
+                on_epoch=lambda _: progress.advance(bar),
+            )
+        network = tuned.network
+        log_training(registry, run_id, tuned)
+    network.eval()
+    roles = [role_of(name) for name in pictures.sample_ids]
+    memory = remember(pictures, classes, roles, FIRST_REGIME).bounded(
+        rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
+    )
+    labels = [classes[label] for label in pictures.labels.tolist()]
+    learned = pd.DataFrame(
+        {"sample_id": list(pictures.sample_ids), "label": labels, "role": [r.value for r in roles]}
+    )
+    accuracy = answer(network, holdout).accuracy
+    made = Package(
+        network=network,
+        reference=build_reference(network, memory),
+        memory=memory,
+        learned=learned,
+        lineage=Lineage(
+            parent=None,
+            cause="bootstrap" if adopt is None else f"adopted from {Path(adopt).name}",
+            settings={"bootstrap": asdict(settings.bootstrap), "model": asdict(settings.model)},
+            learned_digest=key,
+            code_version=installed_version("sustain"),
+        ),
+    )
+    registry.log(run_id, metrics={"holdout.accuracy": accuracy, "holdout.samples": len(holdout)})
+    version = registry.register(made, key=key, run_id=run_id, tags={"cause": made.lineage.cause})
+    registry.end_run(run_id)
+    return version
+
+
+def _preprocessing(settings: Settings) -> Preprocessing:
+    model = settings.model
+    if not model.architecture:
+        raise BootstrapError(
+            "[model] architecture is missing: name a torchvision one (such as resnet18), small_cnn,"
+            " mlp, or your own package.module:function"
+        )
+    small = model.architecture in BUILT_IN
+    size = model.image_size or (28 if small else 224)
+    return Preprocessing(
+        image_size=size, resize_size=model.resize_size or size, channels=model.channels or 3
+    )
+
+
+def _config(
+    settings: Settings, train: LabelledPictures, classes: tuple[str, ...]
+) -> ModelConfig:
+    preprocessing = _preprocessing(settings)
+    architecture = settings.model.architecture
+    if settings.model.mean:
+        return ModelConfig(
+            architecture, classes, preprocessing, settings.model.mean, settings.model.std
+        )
+    if architecture in BUILT_IN or (is_factory(architecture) and not settings.model.weights):
+        scaled = train.pixels.float().flatten(2) / 255.0
+        mean = scaled.mean(dim=(0, 2)).tolist()
+        std = scaled.std(dim=(0, 2)).clamp(min=1e-3).tolist()
+    else:
+        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+        if preprocessing.channels == 1:
+            mean, std = [sum(mean) / 3], [sum(std) / 3]
+    rounded = [tuple(round(value, 6) for value in values) for values in (mean, std)]
+    return ModelConfig(architecture, classes, preprocessing, rounded[0], rounded[1])
+
+
+def _network(settings: Settings, config: ModelConfig, adopt: str | None) -> Network:
+    weights: str | Path | None = adopt or settings.model.weights or None
+    if adopt is None and weights is not None:
+        local = settings.root / str(weights)
+        weights = local if local.is_file() else weights
+    return build(
+        config,
+        weights=Path(adopt) if adopt is not None else weights,
+        keep_head=adopt is not None,
+        allowed_factories=settings.allowed_factories,
+        seed=settings.bootstrap.seed,
+    )
+
+
+def _key(settings: Settings, pictures: LabelledPictures, adopt: str | None) -> str:
+    stated = {
+        "bootstrap": asdict(settings.bootstrap),
+        "model": asdict(replace(settings.model, name="")),
+        "memory": asdict(settings.memory),
+        "data": list(zip(pictures.sample_ids, pictures.labels.tolist(), strict=True)),
+        "adopt": hashlib.sha256(Path(adopt).read_bytes()).hexdigest() if adopt else None,
+    }
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,322 @@
+"""The command line: `sustain …`, one command a verb. Slow imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import errno
+import math
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from flows.registry import Registry
+    from flows.settings import Settings
+    from flows.watch import Checked, Plan, Watched
+
+P = ParamSpec("P")
+console = Console()
+settings_option = click.option(
+    "--settings",
+    "-s",
+    "settings_file",
+    default="sustain.toml",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The model's TOML file.",
+)
+
+
+def told_plainly(command: Callable[P, None]) -> Callable[P, None]:
+    """Show this package's errors as one line; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            console.print("stopped; run the same command again to go on")
+            sys.exit(130)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            _fail(f"{error.strerror}: {error.filename or 'a file'}; nothing is lost, make room (or"
+                  " give the right to write) and run the same command again")  # fmt: skip
+        except Exception as error:
+            if type(error).__module__.split(".")[0] not in ("flows", "sft", "monitoring"):
+                raise
+            _fail(str(error))
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sustain")
+def main() -> None:
+    """Keep a production model healthy: watch, fine-tune, judge, promote, roll back.
+
+    Start with `sustain demo` to see it on real digits, or with `sustain init NAME` for a model of
+    yours.
+    """
+
+
+@main.command()
+@click.argument("name")
+@settings_option
+@told_plainly
+def init(name: str, settings_file: Path) -> None:
+    """Write commented settings for a model called NAME."""
+    from flows.settings import write_template
+
+    write_template(settings_file, name)
+    console.print(f"wrote {settings_file}; next: sustain bootstrap --data FOLDER")
+
+
+@main.command()
+@settings_option
+@click.option("--data", required=True, help="Folder or URL of labelled pictures.")
+@click.option("--labels", help="CSV or Parquet with sample_id,label, if the data has no labels.")
+@click.option("--adopt", help="A state dict that becomes champion as it is.")
+@told_plainly
+def bootstrap(settings_file: Path, data: str, labels: str | None, adopt: str | None) -> None:
+    """Make the first champion: train it on labelled data, or adopt your own."""
+    settings = _begin(settings_file)
+    from flows.bootstrap import bootstrap as flow
+
+    made = flow(str(settings.path), data=data, labels=labels, adopt=adopt)
+    for note in made.notes[:10]:
+        console.print(f"  {note}", style="dim", markup=False)
+    console.print(
+        f"version {made.version} is champion: accuracy {made.accuracy:.3f} on {made.holdout}"
+        " held-out samples"
+    )
+
+
+@main.command()
+@settings_option
+@told_plainly
+def watch(settings_file: Path) -> None:
+    """Check the batches that are new, decide, and retrain if it is due."""
+    settings = _begin(settings_file, needs_prefect=False)
+    from flows.registry import Registry
+    from flows.watch import make_plan
+
+    registry = Registry(settings)
+    plan = make_plan(registry, settings, datetime.now(UTC))
+    if plan.idle:
+        console.print(_idle(plan), markup=False)
+        return
+    _check_prefect(settings)
+    from flows.watch import watch as flow
+
+    show_watched(flow(str(settings.path)))
+
+
+@main.command()
+@settings_option
+@click.option("--why", default="asked for by a person", help="For the record.")
+@told_plainly
+def retrain(settings_file: Path, why: str) -> None:
+    """Fine-tune the champion on the fresh labels, and let the gate judge the result."""
+    settings = _begin(settings_file)
+    from flows.retrain import retrain as flow
+
+    console.print(flow(str(settings.path), cause=why).words, markup=False)
+
+
+@main.command()
+@settings_option
+@click.option("--version", type=int, help="By default the one with the alias challenger.")
+@click.option("--why", help="Promote whatever the gate says, for this reason.")
+@told_plainly
+def promote(settings_file: Path, version: int | None, why: str | None) -> None:
+    """Judge a version against the champion of now, and promote it if it is better."""
+    settings = _begin(settings_file)
+    from flows.promote import promote as flow
+
+    console.print(flow(str(settings.path), version=version, why=why).words, markup=False)
+
+
+@main.command()
+@settings_option
+@click.option("--to", type=int, help="By default the version before the champion.")
+@click.option("--why", default="no reason given", help="For the record.")
+@told_plainly
+def rollback(settings_file: Path, to: int | None, why: str) -> None:
+    """Give the alias champion back to an earlier version, after a load test."""
+    settings = _begin(settings_file)
+    from flows.rollback import rollback as flow
+
+    console.print(flow(str(settings.path), to=to, why=why).words, markup=False)
+
+
+@main.command()
+@settings_option
+@told_plainly
+def status(settings_file: Path) -> None:
+    """Show the versions, the newest checks, and what waits to be done."""
+    settings = _begin(settings_file, needs_prefect=False)
+    from flows.registry import Registry
+    from flows.watch import make_plan
+
+    registry = Registry(settings)
+    plan = make_plan(registry, settings, datetime.now(UTC))
+    console.print(version_table(registry))
+    checks = registry.checks(plan.champion.number)
+    table = Table(title=f"newest checks against version {plan.champion.number}", title_justify="left")
+    for column in ("batch", "p-value", "accuracy, estimated", "true (labels)", "decision"):
+        table.add_column(column)
+    for check in checks[-10:]:
+        metrics = check.metrics
+        true = metrics.get("accuracy.settled")
+        table.add_row(
+            check.key.batch_id,
+            _figure(metrics.get("drift.p_value"), ".2g"),
+            _figure(metrics.get("accuracy.estimated"), ".3f"),
+            "" if true is None else f"{true:.3f} ({metrics['accuracy.settled_n']:.0f})",
+            check.action,
+        )
+    console.print(table)
+    console.print(
+        f"{len(plan.batches)} batches in the feed, {len(plan.pending)} to check;"
+        f" {len(plan.fresh)} fresh labels"
+    )
+    for problem in plan.labels.problems:
+        console.print(f"labels: {problem}", markup=False)
+
+
+@main.command()
+@settings_option
+@click.option("--mlflow-port", default=5000, show_default=True)
+@click.option("--prefect-port", default=4200, show_default=True)
+@told_plainly
+def ui(settings_file: Path, mlflow_port: int, prefect_port: int) -> None:
+    """Show what is on record in MLflow's and Prefect's UIs, until Ctrl-C."""
+    settings = _begin(settings_file, needs_prefect=False)
+    from flows.servers import show
+
+    show(settings, mlflow_port=mlflow_port, prefect_port=prefect_port)
+
+
+@main.command()
+@click.option(
+    "--folder",
+    default="demo",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Everything the demo makes goes here; an earlier demo's folder is made anew.",
+)
+@told_plainly
+def demo(folder: Path) -> None:
+    """Show the whole loop on real digits, in under three minutes."""
+    from flows.demo import run
+
+    run(folder)
+
+
+def version_table(registry: Registry) -> Table:
+    """Lay the versions out, oldest first."""
+    champion = registry.alias("champion")
+    table = Table(title=f"versions of {registry.name}", title_justify="left")
+    for column in ("version", "parent", "verdict", "champion since", "rolled back", "why"):
+        table.add_column(column)
+    for version in registry.versions():
+        tags = version.tags
+        mark = " ← champion" if version.number == champion else ""
+        table.add_row(
+            f"{version.number}{mark}",
+            str(version.parent or ""),
+            version.verdict or "not judged",
+            tags.get("promoted_at", "")[:19],
+            tags.get("rolled_back_at", "")[:19] if version.rolled_back else "",
+            tags.get("reason", "") if version.rolled_back else tags.get("cause", ""),
+        )
+    return table
+
+
+def show_watched(watched: Watched) -> None:
+    """Print what a watch run did."""
+    if watched.move is not None:
+        move = watched.move
+        console.print(
+            f"champion moved from version {move.before} to {move.after} by {move.by}: {move.why}",
+            markup=False,
+        )
+    if watched.checked:
+        table = Table(title=f"checks against version {watched.champion}", title_justify="left")
+        for column in ("batch", "samples", "p-value", "accuracy, estimated", "regime", "decision"):
+            table.add_column(column)
+        for checked in watched.checked:
+            table.add_row(*_row(checked))
+        console.print(table)
+        for checked in watched.checked:
+            if checked.action != "none":
+                console.print(f"{checked.batch_id}: {checked.reason}", markup=False)
+    for batch, accuracy in watched.settled.items():
+        console.print(f"{batch}: true accuracy {accuracy:.3f} on its labels", markup=False)
+    for problem in watched.problems:
+        console.print(f"labels: {problem}", markup=False)
+    console.print(f"decision: {watched.decision.action} – {watched.decision.reason}", markup=False)
+    if watched.retrained:
+        console.print(watched.retrained, markup=False)
+
+
+def _row(checked: Checked) -> list[str]:
+    return [
+        checked.batch_id,
+        f"{checked.samples}" + (f" ({checked.quarantined} bad)" if checked.quarantined else ""),
+        _figure(checked.p_value, ".2g"),
+        _figure(checked.estimated, ".3f"),
+        checked.regime,
+        checked.action,
+    ]
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _idle(plan: Plan) -> str:
+    batches = f"{len(plan.batches)} batches are checked" if plan.batches else "the feed is empty"
+    return (
+        f"nothing to do: {batches} against version {plan.champion.number}, and no labels came"
+        f" ({len(plan.fresh)} are fresh)"
+    )
+
+
+def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
+    """Read the settings and prepare the environment, before Prefect or torch is imported."""
+    from flows.settings import export_to_environment, load_settings
+
+    settings = load_settings(settings_file)
+    export_to_environment(settings)
+    if needs_prefect:
+        _check_prefect(settings)
+    return settings
+
+
+def _check_prefect(settings: Settings) -> None:
+    from flows.servers import require_prefect
+
+    require_prefect(settings)
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True)
+    sys.exit(1)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

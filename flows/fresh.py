@@ -1,0 +1,123 @@
+"""Which labels are fresh: those that neither the champion nor its parents have learned from.
+
+Nothing is stored for this: it follows from the labels, the feed and the champion's lineage, so the
+labels that only a rolled-back version had learned from are fresh again by themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+
+from flows.feed import Batch, read_labels, read_own_labels
+from flows.settings import Settings
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Every usable label of the feed: `sample_id`, `label`; and what was not usable, in words."""
+
+    table: pd.DataFrame
+    problems: tuple[str, ...]
+
+    def of_batch(self, batch_id: str) -> dict[str, str]:
+        """Return sample id to label for one batch."""
+        rows = self.table[self.table["sample_id"].str.startswith(f"{batch_id}/")]
+        return dict(zip(rows["sample_id"], rows["label"], strict=True))
+
+
+@dataclass(frozen=True)
+class FreshSet:
+    """Labels that the champion has yet to learn: `sample_id`, `label`, sorted by id."""
+
+    table: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def classes(self) -> int:
+        """How many classes they cover."""
+        return int(self.table["label"].nunique())
+
+    @property
+    def digest(self) -> str:
+        """Digest of the set: the same labels give the same digest, whatever file they came in."""
+        rows = "\n".join(
+            json.dumps([row.sample_id, row.label]) for row in self.table.itertuples(index=False)
+        )
+        return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def gather_labels(
+    settings: Settings, batches: Sequence[Batch], classes: Sequence[str]
+) -> Labels:
+    """Gather the labels that came late and those that came with their batch.
+
+    A late label corrects one that came with the batch. Labels for batches that the feed does not
+    hold and of classes that nobody named are reported, never guessed.
+    """
+    late = read_labels(settings.feed, settings.root)
+    own = [read_own_labels(batch, settings.feed, settings.root) for batch in batches]
+    own_labels = {name: label for labels in own for name, label in labels.items()}
+    late_labels = dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
+    merged = {**own_labels, **late_labels}
+    known_batches = {batch.id for batch in batches}
+    known_classes = {*classes, *settings.model.classes}
+    problems = list(late.problems)
+
+    lost = [name for name in merged if name.split("/", 1)[0] not in known_batches]
+    if lost:
+        problems.append(
+            f"{len(lost)} labels are for samples of batches that the feed does not hold"
+            f" (first: {lost[0]})"
+        )
+    odd = sorted({label for label in merged.values() if label not in known_classes})
+    if odd:
+        count = sum(label in odd for label in merged.values())
+        problems.append(
+            f"{count} labels are of classes that the champion does not know: {', '.join(odd[:5])};"
+            " if they are right, add these to classes under [model]"
+        )
+    gone = set(lost)
+    usable = {
+        name: label
+        for name, label in merged.items()
+        if name not in gone and label in known_classes
+    }
+    table = pd.DataFrame(
+        {
+            "sample_id": pd.Series(list(usable), dtype="object"),
+            "label": pd.Series(list(usable.values()), dtype="object"),
+        }
+    )
+    return Labels(table.sort_values("sample_id", ignore_index=True), tuple(problems))
+
+
+def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:
+    """Select the labels that are not among `learned` (`sample_id`, `label`); a corrected one is fresh.
+
+    `learned` lists newest versions first, so that a sample's last label counts.
+    """
+    last = learned.drop_duplicates("sample_id", keep="first")
+    known = set(zip(last["sample_id"], last["label"], strict=True))
+    pairs = zip(labels.table["sample_id"], labels.table["label"], strict=True)
+    fresh = [pair not in known for pair in pairs]
+    return FreshSet(labels.table[fresh].reset_index(drop=True))
+
+
+def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
+    """Name a retraining: the same champion, labels and settings never make two versions."""
+    stated = {
+        "champion": champion,
+        "fresh": fresh.digest,
+        "training": asdict(settings.training),
+        "memory": asdict(settings.memory),
+        "model": asdict(settings.model),
+    }
+    encoded = json.dumps(stated, sort_keys=True, default=str).encode()
+    return hashlib.sha256(encoded).hexdigest()[:32]

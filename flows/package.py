@@ -1,0 +1,77 @@
+"""What a version carries: its network, its reference, its memory, and what it learned from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from monitoring.features import extract
+from monitoring.reference import Reference, Regime
+from sft import models
+from sft.memory import Memory
+from sft.models import Network
+
+NETWORK, REFERENCE = "network", "reference"
+MEMORY, LEARNED, LINEAGE = "memory.parquet", "learned.parquet", "lineage.json"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a version comes from, for people and for the record.
+
+    Attributes:
+        parent: version number it was tuned from; None for the first.
+        cause: why it was made, in words.
+        settings: what it was trained with, by section.
+        learned_digest: digest of the labels it learned from and was judged on.
+        code_version: of this package.
+    """
+
+    parent: int | None
+    cause: str
+    settings: dict[str, dict[str, object]]
+    learned_digest: str
+    code_version: str
+
+
+@dataclass(frozen=True)
+class Package:
+    """The parts of a version; `learned` has `sample_id`, `label`, `role`, a row for each new label."""
+
+    network: Network
+    reference: Reference
+    memory: Memory
+    learned: pd.DataFrame
+    lineage: Lineage
+
+    def write(self, folder: Path) -> None:
+        """Write every part into the folder."""
+        models.save(self.network, folder / NETWORK)
+        self.reference.save(folder / REFERENCE)
+        self.memory.save(folder / MEMORY)
+        self.learned.to_parquet(folder / LEARNED, index=False)
+        lineage = json.dumps(asdict(self.lineage), indent=2, sort_keys=True, default=str)
+        (folder / LINEAGE).write_text(lineage + "\n")
+
+
+def build_reference(
+    network: Network, memory: Memory, *, learned: Collection[str] = ()
+) -> Reference:
+    """Let the network embed the held-out samples of every regime in its memory.
+
+    A regime with too few samples for a test (under 20) is left out.
+    """
+    classes, preprocessing = network.config.classes, network.config.preprocessing
+    regimes = []
+    for name in memory.regimes:
+        data = memory.held_out(name, classes, preprocessing, learned=learned)
+        if len(data) >= 20:  # noqa: PLR2004 - what `monitoring.reference` asks for
+            size = preprocessing.image_size
+            sizes = [(size, size)] * len(data)
+            features = extract(network, data.sample_ids, data.pixels, sizes)
+            regimes.append(Regime(name, features, data.labels.numpy()))
+    return Reference(tuple(regimes), classes)

@@ -1,0 +1,166 @@
+"""`sustain promote`: judge a version against the champion of now, and move the alias if it is better."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from prefect import flow
+
+from flows.registry import CHALLENGER, Registry, RegistryError, Version
+from flows.settings import Settings, load_settings
+from sft.dataset import LabelledPictures, Role, join
+from sft.evaluate import Answers, answer
+from sft.gate import Outcome, Pair, Verdict, judge
+from sft.memory import Memory
+from sft.models import Network
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """What became of a challenger."""
+
+    version: int
+    champion: int
+    promoted: bool
+    outcome: str
+    reason: str
+
+    @property
+    def words(self) -> str:
+        """One sentence."""
+        if self.promoted:
+            return f"version {self.version} was promoted: {self.reason}"
+        return f"version {self.version} was not promoted ({self.outcome}): {self.reason}"
+
+
+@flow(name="promote")
+def promote(settings_path: str, version: int | None = None, why: str | None = None) -> Promoted:
+    """Promote a version if the gate lets it, or because a person says why.
+
+    Args:
+        settings_path: the model's TOML file.
+        version: the version; by default the one with the alias `challenger`.
+        why: a person's reason. With it a refused, inconclusive or rolled-back version is promoted
+            too; it must still load.
+
+    Raises:
+        RegistryError: no such version, no challenger, or files that do not load.
+    """
+    settings = load_settings(Path(settings_path))
+    registry = Registry(settings)
+    now = datetime.now(UTC)
+    registry.observe_moves(now)
+    number = version if version is not None else registry.alias(CHALLENGER)
+    if number is None:
+        raise RegistryError(
+            f"model {registry.name!r} has no version with the alias {CHALLENGER!r}: name one with"
+            " --version"
+        )
+    candidate = registry.version(number)
+    champion = registry.champion()
+    if candidate.number == champion.number:
+        return Promoted(number, champion.number, True, "promote", "it is champion already")
+    if candidate.verdict is None or candidate.verdict_against != champion.number:
+        # never judged, or the champion moved since: a verdict holds only against whom it was reached
+        candidate = judge_version(registry, settings, candidate, champion)
+    outcome, reason = candidate.verdict or "", candidate.tags.get("verdict_reason", "")
+    if why is None and candidate.rolled_back:
+        reason = f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote it"
+        return Promoted(number, champion.number, False, "rolled back", reason)
+    if why is None and outcome != Outcome.PROMOTE.value:
+        return Promoted(number, champion.number, False, outcome, reason)
+    registry.network(candidate)  # it must load before anything moves
+    registry.move_champion(
+        candidate, by="a person" if why else "the gate", why=why or reason, now=now
+    )
+    return Promoted(number, champion.number, True, outcome, why or reason)
+
+
+def judge_version(
+    registry: Registry, settings: Settings, candidate: Version, champion: Version
+) -> Version:
+    """Let both answer the same held-out samples, judge, and write the verdict on the version."""
+    ours, theirs = registry.network(candidate), registry.network(champion)
+    fresh, old = holdouts(registry, candidate, champion, ours)
+    verdict = judge(
+        _pair(theirs, ours, fresh),
+        _pair(theirs, ours, old),
+        settings.gate,
+        classes=ours.config.classes,
+        judged_before=_judged_before(registry, candidate, champion),
+    )
+    _record(registry, candidate, champion, verdict)
+    return registry.version(candidate.number)
+
+
+def holdouts(
+    registry: Registry, candidate: Version, champion: Version, network: Network
+) -> tuple[LabelledPictures, LabelledPictures]:
+    """Return the fresh and the old hold-out of a candidate, neither ever trained on by anybody.
+
+    Fresh is what the candidate's lineage holds out and the champion's does not know; the rest is
+    old. Both come from the candidate's memory, so they are there when the feed's data is gone.
+    """
+    memory: Memory = registry.memory(candidate)
+    classes, preprocessing = network.config.classes, network.config.preprocessing
+    held = memory.labelled(Role.HOLDOUT, classes, preprocessing)
+    known = set(registry.learned(champion)["sample_id"])
+    is_old = [name in known for name in held.sample_ids]
+    fresh = held.take([i for i, old in enumerate(is_old) if not old])
+    old = held.take([i for i, old in enumerate(is_old) if old])
+    # what the candidate's parent remembers and the candidate no longer does is old, too
+    earlier = registry.memory(champion).labelled(Role.HOLDOUT, classes, preprocessing)
+    have = set(held.sample_ids)
+    rest = earlier.take([i for i, name in enumerate(earlier.sample_ids) if name not in have])
+    return fresh, join([old, rest])
+
+
+def _pair(champion: Network, challenger: Network, data: LabelledPictures) -> Pair:
+    return Pair(champion=_answer(champion, data), challenger=_answer(challenger, data))
+
+
+def _answer(network: Network, data: LabelledPictures) -> Answers:
+    if not len(data):
+        size = network.config.preprocessing.image_size
+        channels = network.config.preprocessing.channels
+        empty = torch.empty(0, channels, size, size, dtype=torch.uint8)
+        data = LabelledPictures((), empty, torch.empty(0, dtype=torch.int64))
+    return answer(network, data)
+
+
+def _judged_before(registry: Registry, candidate: Version, champion: Version) -> int:
+    """Count the challengers that this fresh hold-out has judged already, from the record."""
+    return sum(
+        v.verdict_against == champion.number and v.number != candidate.number
+        for v in registry.versions()
+    )
+
+
+def _record(
+    registry: Registry, candidate: Version, champion: Version, verdict: Verdict
+) -> None:
+    """Write the verdict on the version; the tag `verdict` comes last and makes it count."""
+    rows = [
+        f"| {c.name} | {'yes' if c.passed else 'no'} | {c.words} |" for c in verdict.criteria
+    ]
+    table = "\n".join(["| criterion | holds | figures |", "|---|---|---|", *rows])
+    registry.log_text(
+        candidate.run_id,
+        json.dumps(asdict(verdict), indent=2),
+        f"verdict-against-{champion.number}.json",
+    )
+    registry.describe(
+        candidate,
+        f"**{verdict.outcome.value}** against version {champion.number}\n\n{table}\n\n"
+        f"Cause: {candidate.tags.get('cause', 'unknown')}.",
+    )
+    registry.tag(
+        candidate,
+        verdict_reason=verdict.reason,
+        verdict_against=str(champion.number),
+        verdict=verdict.outcome.value,
+    )

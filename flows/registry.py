@@ -1,0 +1,645 @@
+"""The book of record: versions, aliases and checks in MLflow. The only file that imports MLflow.
+
+Everything here can be killed between any two lines and run again: a version is made in one call that
+carries its key, a check counts once its run is FINISHED, and a move of the `champion` alias is
+announced before it happens and completed by whoever looks next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from flows import package
+from flows.package import Package
+from flows.settings import Settings
+from monitoring.features import FeatureTable
+from monitoring.reference import Reference
+from sft import models
+from sft.memory import Memory
+from sft.models import Network
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+LOADER = "sft.serving"
+PARTS = ("model", package.REFERENCE, package.MEMORY, package.LEARNED, package.LINEAGE)
+CONNECT_SECONDS = 5.0
+
+
+class RegistryError(RuntimeError):
+    """The record does not allow what was asked; the message names the thing and the way out."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version, as its tags tell."""
+
+    number: int
+    run_id: str
+    tags: Mapping[str, str]
+    created: datetime
+
+    @property
+    def parent(self) -> int | None:
+        """Number of the version it was tuned from; None for a first one."""
+        return int(self.tags["parent"]) if self.tags.get("parent") else None
+
+    @property
+    def verdict(self) -> str | None:
+        """What the gate said: promote, refuse, inconclusive, or first (nothing to compare with)."""
+        return self.tags.get("verdict")
+
+    @property
+    def verdict_against(self) -> int | None:
+        """The champion that the verdict was reached against."""
+        return int(self.tags["verdict_against"]) if self.tags.get("verdict_against") else None
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether it lost the alias by a rollback; never promoted again by itself (a person may)."""
+        return self.tags.get("rolled_back_at", "") > self.tags.get("promoted_at", "")
+
+
+@dataclass(frozen=True)
+class CheckKey:
+    """What makes a check the same check."""
+
+    champion: int
+    batch_id: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class CheckRecord:
+    """A check on record; `finished` is false for one that failed."""
+
+    run_id: str
+    key: CheckKey
+    finished: bool
+    stamp: str
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    started: datetime
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the batch differed from the champion's reference."""
+        return self.metrics.get("drift.alarm", 0.0) > 0
+
+    @property
+    def action(self) -> str:
+        """What was decided."""
+        return self.tags.get("sustain.action", "")
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return self.tags.get("sustain.reason", "")
+
+
+@dataclass(frozen=True)
+class Move:
+    """A change of champion."""
+
+    before: int | None
+    after: int
+    by: str
+    why: str
+    at: str
+
+
+class Registry:
+    """One model's versions, checks and aliases.
+
+    Raises RegistryError from the constructor when MLflow does not answer within seconds.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = settings.model.name
+        self.uri = settings.mlflow_uri
+        _check_reachable(self.uri)
+        try:
+            self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            self.experiment_id = self._experiment()
+        except (MlflowException, OSError) as error:
+            raise RegistryError(f"MLflow at {self.uri} cannot be used: {error}") from error
+        self._fetched: dict[str, Path] = {}
+
+    def _learned_file(self, version: Version) -> Path:
+        """Fetch one file of a version: an ancestor's weights are not needed to know its labels."""
+        if version.run_id in self._fetched:
+            return self._fetched[version.run_id] / package.LEARNED
+        path = Path(self._folder.name) / f"learned-{version.run_id}" / package.LEARNED
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            self.client.download_artifacts(version.run_id, package.LEARNED, str(path.parent))
+        return path
+
+    @cached_property
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="sustain-")
+
+    # ---- versions
+
+    def versions(self) -> list[Version]:
+        """List every version, oldest first."""
+        found = self.client.search_model_versions(f"name = '{self.name}'", max_results=10_000)
+        return sorted((_version(v) for v in found), key=lambda v: v.number)
+
+    def version(self, number: int) -> Version:
+        """Return one version; raises RegistryError when it does not exist."""
+        try:
+            return _version(self.client.get_model_version(self.name, str(number)))
+        except MlflowException as error:
+            numbers = [v.number for v in self.versions()]
+            raise RegistryError(
+                f"model {self.name!r} has no version {number}; there are {numbers or 'none'}"
+            ) from error
+
+    def alias(self, alias: str) -> int | None:
+        """Return the number of the version that has the alias."""
+        try:
+            return int(self.client.get_model_version_by_alias(self.name, alias).version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def champion(self) -> Version:
+        """Return the champion; raises RegistryError when there is none, or when it is not ours."""
+        number = self.alias(CHAMPION)
+        if number is None:
+            seen = self._model_tags().get("sustain.champion_seen")
+            way = (
+                f"version {seen} was the last: give it back with `sustain rollback --to {seen}`, or"
+                f" set the alias {CHAMPION!r} in MLflow's UI"
+                if seen
+                else "make a first one with `sustain bootstrap`"
+            )
+            raise RegistryError(f"model {self.name!r} has no champion; {way}")
+        version = self.version(number)
+        if "digest" not in version.tags:
+            raise RegistryError(
+                f"version {number} of {self.name!r} is champion, but sustain did not write it and"
+                " will not load it: adopt its weights with `sustain bootstrap --adopt FILE`, or"
+                f" move the alias {CHAMPION!r} to a version that sustain wrote"
+            )
+        return version
+
+    def ancestry(self, version: Version) -> list[Version]:
+        """Return the version and its parents, newest first."""
+        chain = [version]
+        while (parent := chain[-1].parent) is not None:
+            if parent >= chain[-1].number:  # a tag edited by hand could make a circle
+                raise RegistryError(
+                    f"version {chain[-1].number} names version {parent} as its parent, which is no"
+                    " older: its tag `parent` was altered"
+                )
+            chain.append(self.version(parent))
+        return chain
+
+    def find_version(self, key: str) -> Version | None:
+        """Return the version with this retrain key; the oldest, if a race made two."""
+        return next((v for v in self.versions() if v.tags.get("retrain_key") == key), None)
+
+    def verified_folder(self, version: Version) -> Path:
+        """Download a version's parts and check them before anything is loaded.
+
+        Raises:
+            RegistryError: a file differs from what was registered, the loader is not this package's,
+                or code came with the model.
+        """
+        if version.run_id in self._fetched:
+            return self._fetched[version.run_id]
+        target = Path(self._folder.name) / version.run_id
+        target.mkdir(parents=True, exist_ok=True)
+        try:
+            for part in PARTS:
+                self.client.download_artifacts(version.run_id, part, str(target))
+        except (MlflowException, OSError) as error:
+            raise RegistryError(
+                f"the files of version {version.number} cannot be fetched: {error}"
+            ) from error
+        if _digest(target) != version.tags.get("digest"):
+            raise RegistryError(
+                f"the files of version {version.number} are not what was registered (their digest"
+                " differs), so it was not loaded: restore them, or move the champion to another"
+                " version"
+            )
+        _check_loader(target / "model", version.number)
+        self._fetched[version.run_id] = target
+        return target
+
+    def network(self, version: Version) -> Network:
+        """Load a version's network."""
+        folder = self.verified_folder(version) / "model" / "data" / package.NETWORK
+        try:
+            return models.load(folder, allowed_factories=self.settings.allowed_factories)
+        except models.ModelError as error:
+            raise RegistryError(f"version {version.number} does not load: {error}") from error
+
+    def config(self, version: Version) -> models.ModelConfig:
+        """Read a version's configuration without its weights."""
+        folder = self.verified_folder(version) / "model" / "data" / package.NETWORK
+        return models.read_config(folder)
+
+    def reference(self, version: Version) -> Reference:
+        """Load a version's own reference."""
+        return Reference.load(self.verified_folder(version) / package.REFERENCE)
+
+    def memory(self, version: Version) -> Memory:
+        """Load a version's memory."""
+        return Memory.load(self.verified_folder(version) / package.MEMORY)
+
+    def learned(self, version: Version) -> pd.DataFrame:
+        """Return `sample_id, label, role, version` of all that the version and its parents used."""
+        tables = [
+            pd.read_parquet(self._learned_file(v)).assign(version=v.number)
+            for v in self.ancestry(version)
+        ]
+        return pd.concat(tables, ignore_index=True)
+
+    def register(
+        self, made: Package, *, key: str, run_id: str, tags: Mapping[str, str]
+    ) -> Version:
+        """Register a package once: the version with this key, made now or before.
+
+        Args:
+            made: what the version carries.
+            key: its retrain key.
+            run_id: the training run, whose artifacts the version's files become.
+            tags: further tags.
+        """
+        if (existing := self.find_version(key)) is not None:
+            return existing
+        with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+            folder = Path(name)
+            made.write(folder)
+            _as_pyfunc(folder)
+            for part in PARTS:
+                path = folder / part
+                if path.is_dir():
+                    self.client.log_artifacts(run_id, str(path), part)
+                else:
+                    self.client.log_artifact(run_id, str(path))
+            digest = _digest(folder)
+        self._ensure_model()
+        uri = self.client.get_run(run_id).info.artifact_uri
+        created = self.client.create_model_version(
+            self.name,
+            source=f"{uri}/model",
+            run_id=run_id,
+            tags={**tags, "retrain_key": key, "digest": digest},
+        )
+        version = _version(created)
+        first = self.find_version(key)
+        if first is not None and first.number != version.number:  # another writer was faster
+            self.client.delete_model_version(self.name, str(version.number))
+            return first
+        return version
+
+    def tag(self, version: Version, **tags: str) -> None:
+        """Write tags on a version, in the order given."""
+        for key, value in tags.items():
+            self.client.set_model_version_tag(self.name, str(version.number), key, value)
+
+    def describe(self, version: Version, text: str) -> None:
+        """Set the description (Markdown) that MLflow shows on the version's page."""
+        self.client.update_model_version(self.name, str(version.number), text)
+
+    def set_alias(self, alias: str, version: Version) -> None:
+        """Point an alias, other than the champion's, at a version."""
+        self.client.set_registered_model_alias(self.name, alias, str(version.number))
+
+    # ---- the champion's moves
+
+    def move_champion(self, after: Version, *, by: str, why: str, now: datetime) -> Move:
+        """Move the alias: announce, move, complete.
+
+        Killed in between, the next `observe_moves` completes the move or forgets the announcement.
+        """
+        seen = self._model_tags().get("sustain.champion_seen")
+        before = self.alias(CHAMPION) or (int(seen) if seen else None)
+        move = Move(before, after.number, by, why, now.isoformat(timespec="seconds"))
+        announced = json.dumps(move.__dict__)
+        self.client.set_registered_model_tag(self.name, "sustain.champion_moving", announced)
+        self.client.set_registered_model_alias(self.name, CHAMPION, str(after.number))
+        self._complete(move)
+        return move
+
+    def observe_moves(self, now: datetime) -> Move | None:
+        """Give a move of the alias its effect, whoever moved it; return it, or None.
+
+        A version that loses the alias other than to its own descendant was rolled back: it is marked
+        (and so is every version between it and the new champion) and never promoted again by itself.
+        """
+        current = self.alias(CHAMPION)
+        tags = self._model_tags()
+        seen = int(tags["sustain.champion_seen"]) if "sustain.champion_seen" in tags else None
+        announced = tags.get("sustain.champion_moving")
+        move = Move(**json.loads(announced)) if announced else None
+        if current is None:
+            return None
+        if move is not None and current == move.after:
+            self._complete(move)
+            return move
+        if current != seen:
+            by_hand = Move(
+                seen,
+                current,
+                by="a person",
+                why=f"the alias {CHAMPION!r} was moved by hand",
+                at=now.isoformat(timespec="seconds"),
+            )
+            self._complete(by_hand)
+            return by_hand
+        if move is not None:
+            self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
+        return None
+
+    def unobserved_move(self) -> bool:
+        """Whether the alias was moved, or a move begun, since anybody looked."""
+        tags = self._model_tags()
+        current = self.alias(CHAMPION)
+        return current is not None and (
+            tags.get("sustain.champion_seen") != str(current) or "sustain.champion_moving" in tags
+        )
+
+    def _complete(self, move: Move) -> None:
+        after = self.version(move.after)
+        ancestors = [v.number for v in self.ancestry(after)]
+        if move.before is not None and move.before != move.after:
+            if move.before in ancestors:
+                self.tag(after, promoted_from=str(move.before))
+            else:
+                for lost in self.ancestry(self.version(move.before)):
+                    if lost.number in ancestors:
+                        break
+                    self.tag(lost, reason=move.why, rolled_back_at=move.at)
+        if move.before != move.after or "promoted_at" not in after.tags:
+            self.tag(after, promoted_by=move.by, promoted_why=move.why, promoted_at=move.at)
+        if self.alias(CHALLENGER) == move.after:
+            self.client.delete_registered_model_alias(self.name, CHALLENGER)
+        self.client.set_registered_model_tag(
+            self.name, "sustain.champion_seen", str(move.after)
+        )
+        self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
+
+    # ---- checks and training runs
+
+    def checks(self, champion: int) -> list[CheckRecord]:
+        """List the ended checks against a champion, oldest first, one for each key."""
+        records: dict[tuple[str, str], CheckRecord] = {}
+        for run in self._runs("check", {"sustain.champion": str(champion)}):
+            if run.info.status in ("FINISHED", "FAILED"):
+                record = _check_record(run)
+                known = records.get((record.key.batch_id, record.key.digest))
+                if known is None or (record.finished and not known.finished):
+                    records[record.key.batch_id, record.key.digest] = record
+        return sorted(records.values(), key=lambda record: record.started)
+
+    def begin_check(self, key: CheckKey, stamp: str) -> str:
+        """Open the run of a check, or the one that an interrupted check left; return its id."""
+        tags = {
+            "sustain.champion": str(key.champion),
+            "sustain.batch": key.batch_id,
+            "sustain.batch_digest": key.digest,
+            "sustain.batch_stamp": stamp,
+        }
+        name = f"check {key.batch_id} v{key.champion}"
+        identity = {k: v for k, v in tags.items() if k != "sustain.batch_stamp"}
+        return self.begin_run("check", name, identity, tags)
+
+    def begin_run(
+        self,
+        kind: str,
+        name: str,
+        identity: Mapping[str, str],
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Open a run, or take up the one with the same identity that was interrupted.
+
+        Args:
+            kind: check, training or bootstrap.
+            name: shown in MLflow.
+            identity: tags that make it the same run.
+            tags: all tags to write; `identity` by default.
+        """
+        for run in self._runs(kind, {}):
+            if run.info.status == "RUNNING" and all(
+                run.data.tags.get(k) == v for k, v in identity.items()
+            ):
+                return str(run.info.run_id)
+        run = self.client.create_run(
+            self.experiment_id,
+            run_name=name,
+            tags={"sustain.kind": kind, "sustain.model": self.name, **(tags or identity)},
+        )
+        return str(run.info.run_id)
+
+    def log(
+        self,
+        run_id: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, str] | None = None,
+        step: int = 0,
+    ) -> None:
+        """Write metrics, params and tags in one call; what is not a number (NaN) is left out."""
+        at = int(datetime.now(UTC).timestamp() * 1000)
+        self.client.log_batch(
+            run_id,
+            metrics=[Metric(k, v, at, step) for k, v in (metrics or {}).items() if v == v],  # noqa: PLR0124 - NaN
+            params=[Param(k, str(v)[:500]) for k, v in (params or {}).items()],
+            tags=[RunTag(k, v) for k, v in (tags or {}).items()],
+        )
+
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Store a file as an artifact of the run."""
+        self.client.log_artifact(run_id, str(path))
+
+    def log_text(self, run_id: str, text: str, name: str) -> None:
+        """Store a text as an artifact of the run."""
+        self.client.log_text(run_id, text, name)
+
+    def end_run(self, run_id: str, *, failed: bool = False) -> None:
+        """Close a run. Only now does a check count."""
+        self.client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
+
+    def features(self, check: CheckRecord) -> FeatureTable:
+        """Load the feature table that a check kept."""
+        path = self.client.download_artifacts(check.run_id, "features.parquet", self._folder.name)
+        try:
+            return FeatureTable.load(Path(path))
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    def run_url(self, run_id: str, *, artifact: str = "") -> str:
+        """Return the address of a run in MLflow's UI."""
+        base = self.uri if self.uri.startswith("http") else self.settings.servers.mlflow_ui
+        tail = f"/artifacts/{artifact}" if artifact else ""
+        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}{tail}"
+
+    def version_url(self, number: int) -> str:
+        """Return the address of a version in MLflow's UI."""
+        base = self.uri if self.uri.startswith("http") else self.settings.servers.mlflow_ui
+        return f"{base.rstrip('/')}/#/models/{self.name}/versions/{number}"
+
+    # ---- inside
+
+    def _experiment(self) -> str:
+        name = f"sustain/{self.name}"
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage != "active":
+                self.client.restore_experiment(found.experiment_id)
+            return str(found.experiment_id)
+        location = None
+        if self.uri.startswith("sqlite:"):  # else MLflow would write below the working directory
+            location = (self.settings.root / "mlartifacts").resolve().as_uri()
+        try:
+            return str(self.client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            raced = self.client.get_experiment_by_name(name)
+            if raced is None:
+                raise
+            return str(raced.experiment_id)
+
+    def _ensure_model(self) -> None:
+        try:
+            self.client.create_registered_model(self.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _model_tags(self) -> dict[str, str]:
+        try:
+            return dict(self.client.get_registered_model(self.name).tags)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+
+    def _runs(self, kind: str, tags: Mapping[str, str]) -> Iterator[Run]:
+        wanted = {"sustain.kind": kind, **tags}
+        query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items())
+        token: str | None = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id],
+                query,
+                run_view_type=ViewType.ACTIVE_ONLY,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _version(found: ModelVersion) -> Version:
+    return Version(
+        number=int(found.version),
+        run_id=str(found.run_id or ""),
+        tags=dict(found.tags),
+        created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+    )
+
+
+def _check_record(run: Run) -> CheckRecord:
+    tags = run.data.tags
+    return CheckRecord(
+        run_id=str(run.info.run_id),
+        key=CheckKey(
+            int(tags["sustain.champion"]), tags["sustain.batch"], tags["sustain.batch_digest"]
+        ),
+        finished=run.info.status == "FINISHED",
+        stamp=tags.get("sustain.batch_stamp", ""),
+        tags=tags,
+        metrics=run.data.metrics,
+        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+    )
+
+
+def _as_pyfunc(folder: Path) -> None:
+    """Wrap the network's folder as an MLflow pyfunc whose loader is this package's."""
+    from importlib.metadata import version  # noqa: PLC0415 - one use
+
+    import mlflow.pyfunc  # noqa: PLC0415 - slow to import, and most commands do without
+
+    source = folder / package.NETWORK
+    # MLflow copies a folder to data/<its name>; the loader is told that path
+    mlflow.pyfunc.save_model(
+        str(folder / "model"),
+        loader_module=LOADER,
+        data_path=str(source),
+        pip_requirements=[f"sustain=={version('sustain')}"],
+    )
+
+
+def _digest(folder: Path) -> str:
+    """Digest the names and contents of all parts of a version."""
+    files = sorted(
+        path
+        for part in PARTS
+        for path in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*"))
+        if path.is_file()
+    )
+    total = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(folder).as_posix().encode()
+        total.update(len(name).to_bytes(4) + name)
+        total.update(hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _check_loader(model: Path, number: int) -> None:
+    """Refuse a model file that would run code other than this package's."""
+    try:
+        content = cast("dict[str, Any]", yaml.safe_load((model / "MLmodel").read_text()))
+        flavor = content["flavors"]["python_function"]
+        loader, code = flavor.get("loader_module"), flavor.get("code")
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RegistryError(f"version {number} has no readable MLmodel file: {error}") from error
+    if loader != LOADER or code:
+        raise RegistryError(
+            f"version {number} asks for the loader {loader!r}{' with code of its own' if code else ''};"
+            f" only {LOADER!r} is allowed, so it was not loaded: move the champion to a version that"
+            " sustain wrote"
+        )
+
+
+def _check_reachable(uri: str) -> None:
+    if not uri.startswith("http"):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS):  # noqa: S310 - the user's own address
+            return
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # it is there; the client's own credentials decide
+            return
+        raise RegistryError(f"MLflow at {uri} answers with an error: {error}") from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise RegistryError(
+            f"MLflow at {uri} does not answer within {CONNECT_SECONDS:.0f} s ({error}): is the"
+            " server running, and is [servers] mlflow (or MLFLOW_TRACKING_URI) right?"
+        ) from error

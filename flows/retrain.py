@@ -1,0 +1,259 @@
+"""`sustain retrain`: fine-tune the champion on fresh labels, register the challenger, let it be judged."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from prefect import flow
+from rich.progress import Progress
+
+from flows.feed import Batch, FeedError, list_batches, read_batch
+from flows.fresh import FreshSet, fresh_set, gather_labels, retrain_key
+from flows.package import Lineage, Package, build_reference
+from flows.promote import promote
+from flows.registry import CHALLENGER, Registry, Version
+from flows.settings import Settings, load_settings
+from sft.dataset import LabelledPictures, Role, join, role_of
+from sft.memory import Memory, remember
+from sft.models import Network, widen
+from sft.train import FineTuned, fine_tune
+
+
+class RetrainError(ValueError):
+    """Nothing can be trained; the message names what is missing."""
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a retraining made, and what became of it."""
+
+    version: int
+    promoted: bool
+    outcome: str
+    reason: str
+    made_now: bool
+
+    @property
+    def words(self) -> str:
+        """One sentence."""
+        what = "was promoted" if self.promoted else f"was not promoted ({self.outcome})"
+        made = "made" if self.made_now else "made before"
+        return f"version {self.version} ({made}) {what}: {self.reason}"
+
+
+@flow(name="retrain")
+def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrained:
+    """Make a challenger from the champion and the fresh labels, once, and let it be judged.
+
+    Run again with the same champion, labels and settings it finds the version that it made, and
+    goes on where it was interrupted.
+
+    Args:
+        settings_path: the model's TOML file.
+        cause: why, for the record.
+
+    Raises:
+        RetrainError: too few fresh labels, or of too few classes.
+    """
+    settings = load_settings(Path(settings_path))
+    registry = Registry(settings)
+    registry.observe_moves(datetime.now(UTC))
+    champion = registry.champion()
+    batches = list_batches(settings.feed, settings.root)
+    labels = gather_labels(settings, batches, registry.config(champion).classes)
+    fresh = fresh_set(labels, registry.learned(champion))
+    key = retrain_key(champion.number, fresh, settings)
+    version = registry.find_version(key)
+    made_now = version is None
+    if version is None:
+        require_enough(fresh, settings)
+        version = make_challenger(registry, settings, champion, batches, fresh, key, cause)
+    if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
+        registry.set_alias(CHALLENGER, version)
+    result = promote(settings_path, version=version.number)
+    return Retrained(
+        version.number, result.promoted, result.outcome, result.reason, made_now=made_now
+    )
+
+
+def require_enough(fresh: FreshSet, settings: Settings) -> None:
+    """Refuse too few labels, and labels of too few classes."""
+    least = settings.policy
+    if len(fresh) < least.min_labels:
+        raise RetrainError(
+            f"{len(fresh)} fresh labels, and min_labels = {least.min_labels} are needed before a"
+            f" retraining: {least.min_labels - len(fresh)} are missing"
+        )
+    if fresh.classes < least.min_classes:
+        raise RetrainError(
+            f"the {len(fresh)} fresh labels are of {fresh.classes} class(es), and min_classes ="
+            f" {least.min_classes} are needed: label samples of other classes too"
+        )
+
+
+def make_challenger(
+    registry: Registry,
+    settings: Settings,
+    champion: Version,
+    batches: Sequence[Batch],
+    fresh: FreshSet,
+    key: str,
+    cause: str,
+) -> Version:
+    """Fine-tune, build what the version carries, and register it once."""
+    network = registry.network(champion)
+    classes = tuple(network.config.classes)
+    if new := [c for c in settings.model.classes if c not in classes and c in set(fresh.table["label"])]:
+        network = widen(network, (*classes, *new), seed=settings.training.seed)
+        classes = network.config.classes
+    memory = registry.memory(champion)
+    labelled, unlabelled = read_window(registry, settings, champion, batches, fresh, network)
+    run_id = registry.begin_run(
+        "training",
+        f"retrain v{champion.number}",
+        {"sustain.retrain_key": key, "sustain.parent": str(champion.number), "sustain.cause": cause},
+    )
+    counts = Counter(fresh.table["label"])
+    registry.log(
+        run_id,
+        params={**asdict(settings.training), "parent": champion.number, "fresh": dict(counts)},
+    )
+    tuned = tune(network, labelled, memory, settings)
+    log_training(registry, run_id, tuned)
+
+    regime = f"since v{champion.number}"
+    roles = [role_of(name) for name in labelled.sample_ids]
+    window = remember(labelled, classes, roles, regime).extended(
+        remember(unlabelled, classes, [Role.HOLDOUT] * len(unlabelled), regime)
+    )
+    carried = memory.extended(window).bounded(
+        rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
+    )
+    learned = pd.DataFrame(
+        {
+            "sample_id": list(labelled.sample_ids),
+            "label": [classes[label] for label in labelled.labels.tolist()],
+            "role": [role.value for role in roles],
+        }
+    )
+    before = registry.learned(champion)
+    used = pd.concat([before, learned])
+    trained = frozenset(used[used["role"] != Role.HOLDOUT.value]["sample_id"])
+    made = Package(
+        network=tuned.network,
+        reference=build_reference(tuned.network, carried, learned=trained),
+        memory=carried,
+        learned=learned,
+        lineage=Lineage(
+            parent=champion.number,
+            cause=cause,
+            settings={"training": asdict(settings.training), "memory": asdict(settings.memory)},
+            learned_digest=fresh.digest,
+            code_version=installed_version("sustain"),
+        ),
+    )
+    version = registry.register(
+        made, key=key, run_id=run_id, tags={"parent": str(champion.number), "cause": cause}
+    )
+    registry.end_run(run_id)
+    return version
+
+
+def read_window(
+    registry: Registry,
+    settings: Settings,
+    champion: Version,
+    batches: Sequence[Batch],
+    fresh: FreshSet,
+    network: Network,
+) -> tuple[LabelledPictures, LabelledPictures]:
+    """Read the fresh labelled samples, and the unlabelled ones of the batches that rang.
+
+    The first are learned from and judged on; the second, with the held-out part of the first, become
+    the new regime of the reference.
+    """
+    label_of = dict(zip(fresh.table["sample_id"], fresh.table["label"], strict=True))
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for name in label_of:
+        wanted[name.split("/", 1)[0]].add(name)
+    rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
+    known = set(registry.learned(champion)["sample_id"])
+    index = {name: place for place, name in enumerate(network.config.classes)}
+    labelled, unlabelled = [], []
+    for batch in batches:
+        if batch.id not in wanted and batch.id not in rang:
+            continue
+        only = None if batch.id in rang else wanted[batch.id]
+        try:
+            read = read_batch(
+                batch, settings.feed, settings.root, network.config.preprocessing, only=only
+            )
+        except FeedError as error:
+            raise RetrainError(f"the fresh labels of a batch cannot be used: {error}") from error
+        for name, picture in zip(read.samples["sample_id"], read.pictures, strict=True):
+            if name in label_of:
+                labelled.append((name, picture.pixels, index[label_of[name]]))
+            elif name not in known:
+                unlabelled.append((name, picture.pixels, -1))
+    return _set(labelled, network), _set(unlabelled, network)
+
+
+def tune(
+    network: Network, labelled: LabelledPictures, memory: Memory, settings: Settings
+) -> FineTuned:
+    """Fine-tune with rehearsal; stop early on fresh and old validation data together."""
+    classes, preprocessing = network.config.classes, network.config.preprocessing
+    old = memory.labelled(Role.TRAIN, classes, preprocessing)
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("fine-tuning", total=settings.training.epochs)
+        return fine_tune(
+            network,
+            labelled.with_role(Role.TRAIN),
+            settings.training,
+            memory=old,
+            validation=(
+                labelled.with_role(Role.VALIDATION),
+                memory.labelled(Role.VALIDATION, classes, preprocessing),
+            ),
+            on_epoch=lambda _: progress.advance(bar),
+        )
+
+
+def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
+    """Put the loss curves and the reason for stopping on the training run."""
+    for epoch in tuned.epochs:
+        registry.log(
+            run_id,
+            metrics={
+                "train.loss": epoch.train_loss,
+                "validation.loss": epoch.validation_loss,
+                "validation.accuracy": epoch.validation_accuracy,
+            },
+            step=epoch.number,
+        )
+    registry.log(
+        run_id,
+        metrics={"best_epoch": float(tuned.best_epoch)},
+        tags={"sustain.stopped": tuned.stopped},
+    )
+
+
+def _set(samples: Sequence[tuple[str, torch.Tensor, int]], network: Network) -> LabelledPictures:
+    size = network.config.preprocessing.image_size
+    channels = network.config.preprocessing.channels
+    empty = LabelledPictures(
+        (),
+        torch.empty(0, channels, size, size, dtype=torch.uint8),
+        torch.empty(0, dtype=torch.int64),
+    )
+    if not samples:
+        return empty
+    names, pixels, labels = zip(*samples, strict=True)
+    return join([empty, LabelledPictures(names, torch.stack(pixels), torch.tensor(labels))])

@@ -1,0 +1,70 @@
+"""`sustain rollback`: give the alias back to an earlier version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from prefect import flow
+
+from flows.registry import Registry, RegistryError, Version
+from flows.settings import load_settings
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """A change of champion: from which version to which."""
+
+    before: int | None
+    after: int
+    why: str
+
+    @property
+    def words(self) -> str:
+        """One sentence."""
+        lost = f", and version {self.before} is never promoted again by itself" if self.before else ""
+        return f"version {self.after} is champion again{lost}: {self.why}"
+
+
+@flow(name="rollback")
+def rollback(settings_path: str, to: int | None = None, why: str = "no reason given") -> RolledBack:
+    """Roll back: load-test the target, then move the alias.
+
+    Args:
+        settings_path: the model's TOML file.
+        to: the version that shall serve; by default the one before the champion.
+        why: the reason, for the record.
+
+    Raises:
+        RegistryError: there is no such version, it was never judged, or it does not load; the alias
+            has not moved then.
+    """
+    settings = load_settings(Path(settings_path))
+    registry = Registry(settings)
+    now = datetime.now(UTC)
+    registry.observe_moves(now)
+    target = registry.version(to) if to is not None else _before(registry)
+    if target.verdict is None:
+        raise RegistryError(
+            f"version {target.number} was never judged, so it cannot serve: judge it with"
+            f" `sustain promote --version {target.number}`"
+        )
+    network = registry.network(target)
+    size, channels = network.config.preprocessing.image_size, network.config.preprocessing.channels
+    network.embed(torch.zeros(2, channels, size, size, dtype=torch.uint8))
+    if registry.alias("champion") == target.number:
+        return RolledBack(None, target.number, "it was champion already")
+    move = registry.move_champion(target, by="rollback", why=why, now=now)
+    return RolledBack(move.before, move.after, why)
+
+
+def _before(registry: Registry) -> Version:
+    champion = registry.champion()
+    before = champion.tags.get("promoted_from") or champion.parent
+    if before is None:
+        raise RegistryError(
+            f"version {champion.number} is the first champion: there is none before it to roll back to"
+        )
+    return registry.version(int(before))

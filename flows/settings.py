@@ -1,0 +1,293 @@
+"""The settings of one model: a TOML file, overridden by the environment. Nothing else reads either.
+
+Each section is a plain frozen dataclass, most of them the cores' own; the cores never see this
+module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from flows.feed import FeedSettings
+from monitoring.detectors import DetectionSettings
+from monitoring.policy import PolicySettings
+from sft.gate import GateSettings
+from sft.train import TrainingSettings
+
+PREFIX = "SUSTAIN_"
+DEFAULT_FILE = "sustain.toml"
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or wrong; the message names it and what is allowed."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is kept healthy. All but the name is inherited from the champion when left unset.
+
+    Attributes:
+        name: the registered model's name in MLflow.
+        architecture: a torchvision name, `small_cnn`, `mlp`, or your own factory
+            `package.module:function`, called as `function(num_classes=…)`.
+        weights: where training starts at bootstrap: empty for random weights, the name of
+            torchvision's (`DEFAULT`), or a file.
+        classes: class names; those that the champion lacks widen its head at the next retraining.
+        image_size, resize_size: pixels; the shorter side is resized to `resize_size` (`image_size`
+            when 0), then the centre is cropped.
+        channels: 1 or 3.
+        mean, std: one value a channel, for pixels in [0, 1]; unset at bootstrap, ImageNet's for
+            torchvision's architectures, the training data's for the others.
+    """
+
+    name: str = ""
+    architecture: str = ""
+    weights: str = ""
+    classes: tuple[str, ...] = ()
+    image_size: int = 0
+    resize_size: int = 0
+    channels: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        if any(char in self.name for char in "/:.%\"'") or self.name != self.name.strip():
+            raise ValueError(f"name must not hold any of / : . % \" ', got {self.name!r}")
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        if self.image_size < 0 or self.resize_size < 0:
+            raise ValueError("image_size and resize_size must not be negative")
+        if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
+            raise ValueError("mean and std need one value a channel each, and std positive ones")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where MLflow and Prefect are.
+
+    Attributes:
+        mlflow: tracking URI; empty takes MLFLOW_TRACKING_URI, else an SQLite file beside the TOML.
+        mlflow_ui: address of MLflow's UI, for links.
+        prefect: address of Prefect's API; empty takes Prefect's own profile, which starts a server
+            for the time of a command when there is none.
+        prefect_home: folder for Prefect's own files when no server is named; empty takes Prefect's.
+    """
+
+    mlflow: str = ""
+    mlflow_ui: str = "http://127.0.0.1:5000"
+    prefect: str = ""
+    prefect_home: str = ""
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """How many old samples a version carries, as encoded pictures.
+
+    Attributes:
+        rehearsal: most samples kept to be rehearsed.
+        holdout: most held-out samples kept for each regime; they are the old hold-out of the gate
+            and the reference of the check.
+    """
+
+    rehearsal: int = 2000
+    holdout: int = 2000
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        if self.rehearsal < 1 or self.holdout < 1:
+            raise ValueError("rehearsal and holdout must be at least 1")
+
+
+def _bootstrap_training() -> TrainingSettings:
+    return TrainingSettings(epochs=30, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything one model needs; `path` is the TOML file, whose folder relative paths start from."""
+
+    path: Path
+    model: ModelSettings = field(default_factory=ModelSettings)
+    feed: FeedSettings = field(default_factory=FeedSettings)
+    servers: ServerSettings = field(default_factory=ServerSettings)
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the TOML file."""
+        return self.path.parent
+
+    @property
+    def allowed_factories(self) -> tuple[str, ...]:
+        """Factories of the user's own that may be called: only the settings can allow one."""
+        return (self.model.architecture,) if ":" in self.model.architecture else ()
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The tracking URI, with a relative SQLite path resolved against the TOML's folder."""
+        uri = self.servers.mlflow or "sqlite:///mlflow.db"
+        local = uri.removeprefix("sqlite:///")
+        if local != uri and not local.startswith("/"):
+            return f"sqlite:///{(self.root / local).resolve()}"
+        return uri
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelSettings,
+    "feed": FeedSettings,
+    "servers": ServerSettings,
+    "detection": DetectionSettings,
+    "policy": PolicySettings,
+    "bootstrap": TrainingSettings,
+    "training": TrainingSettings,
+    "gate": GateSettings,
+    "memory": MemorySettings,
+}
+
+
+def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings of one model.
+
+    Args:
+        path: the TOML file.
+        environ: overrides, `SUSTAIN_<SECTION>_<KEY>`; the process's environment by default.
+
+    Raises:
+        SettingsError: the file is missing or is not TOML, or a key or value is unknown or wrong.
+    """
+    environ = os.environ if environ is None else environ
+    path = path.resolve()
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"there are no settings at {path}: write them with `sustain init NAME`, or name the"
+            " file with --settings"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsError(f"{path.name} cannot be read as TOML: {error}") from error
+
+    sections = {name: _section(path.name, name, value) for name, value in raw.items()}
+    for variable, value in environ.items():
+        if variable.startswith(PREFIX):
+            section, key = _variable(variable)
+            sections.setdefault(section, {})[key] = _parse(value)
+    servers = sections.setdefault("servers", {})
+    for key, variable in (("mlflow", "MLFLOW_TRACKING_URI"), ("prefect", "PREFECT_API_URL")):
+        if not servers.get(key) and environ.get(variable):
+            servers[key] = environ[variable]
+
+    settings = Settings(
+        path=path, **{name: _build(path.name, name, values) for name, values in sections.items()}
+    )
+    if not settings.model.name:
+        raise SettingsError(f"{path.name}: [model] name is missing: give the model a name")
+    return settings
+
+
+def export_to_environment(settings: Settings) -> None:
+    """Set what Prefect and MLflow read at import; call it before either is imported.
+
+    Nothing that is set already is changed, but for the addresses, which are the settings'.
+    """
+    if settings.servers.prefect:
+        os.environ["PREFECT_API_URL"] = settings.servers.prefect
+    elif settings.servers.prefect_home:
+        home = (settings.root / settings.servers.prefect_home).resolve()
+        os.environ["PREFECT_HOME"] = str(home)
+    defaults = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # 7, the default, hangs 248 s when the server is away
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # 20 is too short on a busy machine
+        "DO_NOT_TRACK": "true",
+        "GOMP_SPINCOUNT": "0",  # two busy processes starve each other otherwise
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def write_template(path: Path, name: str) -> None:
+    """Write commented settings; raises SettingsError rather than overwriting a file."""
+    template = (Path(__file__).parent / "template.toml").read_text(encoding="utf-8")
+    _build(path.name, "model", {"name": name})
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(template.replace('name = ""', f'name = "{name}"', 1))
+    except FileExistsError as error:
+        raise SettingsError(f"{path} is there already; it was left as it is") from error
+
+
+def _section(file: str, name: str, value: object) -> dict[str, Any]:
+    if name not in SECTIONS:
+        raise SettingsError(
+            f"{file}: there is no section [{name}]{_did_you_mean(name, SECTIONS)};"
+            f" allowed: {', '.join(SECTIONS)}"
+        )
+    if not isinstance(value, dict):
+        raise SettingsError(f"{file}: {name} must be a section: write [{name}] on a line of its own")
+    return dict(value)
+
+
+def _build(file: str, name: str, values: Mapping[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(SECTIONS[name])]
+    for key in values:
+        if key not in known:
+            raise SettingsError(
+                f"{file}: [{name}] has no key {key!r}{_did_you_mean(key, known)};"
+                f" allowed: {', '.join(known)}"
+            )
+    defaults = dataclasses.asdict(_bootstrap_training()) if name == "bootstrap" else {}
+    try:
+        return TypeAdapter(SECTIONS[name]).validate_python({**defaults, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in first["loc"])
+        stated = f" {where} = {first['input']!r}" if where else ""
+        raise SettingsError(f"{file}: [{name}]{stated}: {message}") from error
+
+
+def _variable(variable: str) -> tuple[str, str]:
+    rest = variable.removeprefix(PREFIX).lower()
+    section, _, key = rest.partition("_")
+    if section not in SECTIONS or key not in {f.name for f in dataclasses.fields(SECTIONS[section])}:
+        allowed = [
+            f"{PREFIX}{name}_{f.name}".upper()
+            for name, section_type in SECTIONS.items()
+            for f in dataclasses.fields(section_type)
+        ]
+        raise SettingsError(
+            f"the environment variable {variable} names no setting"
+            f"{_did_you_mean(variable, allowed)}; the form is {PREFIX}SECTION_KEY,"
+            f" for example {PREFIX}SERVERS_MLFLOW"
+        )
+    return section, key
+
+
+def _parse(value: str) -> object:
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def _did_you_mean(word: str, among: object) -> str:
+    near = difflib.get_close_matches(word, list(among), n=1)  # type: ignore[call-overload]  # any iterable
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,309 @@
+"""Pictures and a model, turned into the one table that every later question is asked of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+Floats: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.floating]]
+Integers: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+STATISTIC_PREFIX = "statistic:"
+
+
+class Embedder(Protocol):
+    """A model that shows what it sees and what it says in one forward pass."""
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Give embeddings (n, d) float32 and probabilities (n, classes) of uint8 (n, C, H, W)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """What one version of the model saw in n pictures.
+
+    Args:
+        sample_ids: n ids, `<batch>/<path inside the batch>`.
+        embedding: (n, d) float32, what the head is given.
+        probabilities: (n, classes) float32, rows sum to one.
+        statistics: n rows, one column a statistic of the picture.
+
+    Raises:
+        ValueError: if the parts do not have the same number of rows.
+
+    """
+
+    sample_ids: tuple[str, ...]
+    embedding: Floats
+    probabilities: Floats
+    statistics: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        rows = {
+            "sample_ids": len(self.sample_ids),
+            "embedding": len(self.embedding),
+            "probabilities": len(self.probabilities),
+            "statistics": len(self.statistics),
+        }
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"a feature table's parts have different numbers of rows: {rows}")
+        if self.embedding.ndim != 2 or self.probabilities.ndim != 2:  # noqa: PLR2004
+            raise ValueError(
+                "embedding and probabilities have two axes, not shapes "
+                f"{self.embedding.shape} and {self.probabilities.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @cached_property
+    def confidence(self) -> Floats:
+        """The probability of the predicted class, (n,)."""
+        return np.asarray(self.probabilities.max(axis=1))
+
+    @cached_property
+    def predicted(self) -> Integers:
+        """The index of the predicted class, (n,)."""
+        return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    @cached_property
+    def entropy(self) -> Floats:
+        """The entropy of the probabilities in nats, (n,) float64."""
+        p = self.probabilities.astype(np.float64)
+        return np.asarray(-np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=1))
+
+    def take(self, index: Integers | Sequence[int]) -> FeatureTable:
+        """Select rows by their positions, in the order given."""
+        rows = np.asarray(index, dtype=np.int64)
+        return FeatureTable(
+            sample_ids=tuple(self.sample_ids[i] for i in rows),
+            embedding=self.embedding[rows],
+            probabilities=self.probabilities[rows],
+            statistics=self.statistics.iloc[rows].reset_index(drop=True),
+        )
+
+    def require_finite(self, name: str) -> None:
+        """Refuse a table with rows that no test can read.
+
+        Raises:
+            ValueError: naming how many rows of `name` hold a NaN or an infinity.
+
+        """
+        good = np.isfinite(self.embedding).all(axis=1) & np.isfinite(self.probabilities).all(axis=1)
+        bad = np.flatnonzero(~good)
+        if bad.size:
+            raise ValueError(
+                f"{name}: {bad.size} of {len(self)} rows have embeddings or probabilities that are "
+                f"not finite (first: {self.sample_ids[bad[0]]}); the model cannot read these "
+                "pictures, so look at its weights and its normalisation"
+            )
+
+    def to_arrow(self) -> pa.Table:
+        """Lay the table out as Arrow columns; `from_arrow` gives back the same bits."""
+        columns: dict[str, pa.Array] = {
+            "sample_id": pa.array(self.sample_ids, pa.string()),
+            "embedding": _fixed_size_lists(self.embedding),
+            "probabilities": _fixed_size_lists(self.probabilities),
+        }
+        for name, values in self.statistics.items():
+            columns[f"{STATISTIC_PREFIX}{name}"] = pa.array(values.to_numpy())
+        return pa.table(columns)
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> FeatureTable:
+        """Read what `to_arrow` laid out; columns it does not know are left alone."""
+        statistics = {
+            name.removeprefix(STATISTIC_PREFIX): table[name].to_numpy()
+            for name in table.column_names
+            if name.startswith(STATISTIC_PREFIX)
+        }
+        return cls(
+            sample_ids=tuple(table["sample_id"].to_pylist()),
+            embedding=_matrix(table["embedding"]),
+            probabilities=_matrix(table["probabilities"]),
+            statistics=pd.DataFrame(statistics, index=pd.RangeIndex(table.num_rows)),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one Parquet file; a reader sees the whole file or none."""
+        write_parquet(self.to_arrow(), path)
+
+    @classmethod
+    def load(cls, path: Path) -> FeatureTable:
+        """Read what `save` wrote, bit for bit.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            pyarrow.ArrowInvalid: a ValueError, if the file is no Parquet file.
+
+        """
+        return cls.from_arrow(pq.read_table(path))
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write beside the target and rename, so that a killed process leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(table, partial, compression="zstd")
+    partial.replace(path)
+
+
+def _fixed_size_lists(matrix: Floats) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(matrix).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1])
+
+
+def _matrix(column: pa.ChunkedArray) -> Floats:
+    width = column.type.list_size
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    flat = (
+        np.concatenate(chunks) if chunks else np.empty(0, column.type.value_type.to_pandas_dtype())
+    )
+    return np.asarray(flat.reshape(len(column), width))
+
+
+def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
+    """Put tables of the same version below one another.
+
+    Raises:
+        ValueError: if there are none, or if they differ in width or statistics.
+
+    """
+    if not tables:
+        raise ValueError("there is no feature table to concatenate")
+    first = tables[0]
+    for other in tables[1:]:
+        if list(other.statistics.columns) != list(first.statistics.columns):
+            raise ValueError(
+                "feature tables with different statistics cannot be put together: "
+                f"{list(first.statistics.columns)} and {list(other.statistics.columns)}"
+            )
+    return FeatureTable(
+        sample_ids=tuple(sample_id for table in tables for sample_id in table.sample_ids),
+        embedding=np.concatenate([table.embedding for table in tables]),
+        probabilities=np.concatenate([table.probabilities for table in tables]),
+        statistics=pd.concat([table.statistics for table in tables], ignore_index=True),
+    )
+
+
+def picture_statistics(pixels: Tensor) -> pd.DataFrame:
+    """Describe pictures in numbers that a person knows.
+
+    Args:
+        pixels: uint8 (n, C, H, W), C is 1 or 3 (RGB).
+
+    Returns:
+        n rows of float64: brightness (mean luma, 0 to 1), contrast (standard deviation of luma,
+        0 to .5), sharpness (mean absolute Laplacian of luma over four neighbours, 0 to 1),
+        saturation (mean of HSV's S, 0 to 1; 0 for one channel).
+
+    Raises:
+        ValueError: if the shape or the type is another.
+
+    """
+    if pixels.ndim != 4 or pixels.shape[1] not in {1, 3} or pixels.dtype != torch.uint8:  # noqa: PLR2004
+        raise ValueError(
+            "pictures are uint8 (n, C, H, W) with one or three channels, "
+            f"not {pixels.dtype} {tuple(pixels.shape)}"
+        )
+    scaled = pixels.to(torch.float32) / 255
+    if pixels.shape[1] == 1:
+        luma = scaled[:, 0]
+        saturation = luma.new_zeros(len(luma))
+    else:
+        # ITU-R BT.601, what PIL's convert("L") uses
+        luma = 0.299 * scaled[:, 0] + 0.587 * scaled[:, 1] + 0.114 * scaled[:, 2]
+        brightest, darkest = scaled.amax(dim=1), scaled.amin(dim=1)
+        saturation = ((brightest - darkest) / brightest.clamp_min(1e-6)).mean(dim=(1, 2))
+    return pd.DataFrame(
+        {
+            "brightness": _column(luma.mean(dim=(1, 2))),
+            "contrast": _column(luma.std(dim=(1, 2), correction=0)),
+            "sharpness": _column(_sharpness(luma)),
+            "saturation": _column(saturation),
+        }
+    )
+
+
+def _column(values: Tensor) -> Floats:
+    return np.asarray(values.cpu().numpy(), dtype=np.float64)
+
+
+def _sharpness(luma: Tensor) -> Tensor:
+    if min(luma.shape[1:]) < 3:  # noqa: PLR2004  the Laplacian needs a pixel on either side
+        return luma.new_zeros(len(luma))
+    neighbours = (
+        luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:]
+    ) / 4
+    return (luma[:, 1:-1, 1:-1] - neighbours).abs().mean(dim=(1, 2))
+
+
+def extract(
+    model: Embedder,
+    sample_ids: Sequence[str],
+    pixels: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    batch_size: int = 256,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> FeatureTable:
+    """See every picture once.
+
+    Args:
+        model: embeds and classifies.
+        sample_ids: n ids.
+        pixels: uint8 (n, C, H, W).
+        sizes: n times (width, height) of the picture as it arrived, in pixels.
+        batch_size: pictures in one forward pass.
+        on_progress: is told, after each forward pass, how many pictures are done.
+
+    Returns:
+        The table; `width`, `height` and `aspect` (width / height) join the picture statistics.
+
+    Raises:
+        ValueError: if there are no pictures, or not as many ids and sizes as pictures.
+
+    """
+    n = len(pixels)
+    if n == 0:
+        raise ValueError("there are no pictures to extract features from")
+    if len(sample_ids) != n or len(sizes) != n:
+        raise ValueError(
+            f"{n} pictures need as many ids and sizes, not {len(sample_ids)} and {len(sizes)}"
+        )
+    embeddings, probabilities, statistics = [], [], []
+    with torch.inference_mode():
+        for start in range(0, n, batch_size):
+            some = pixels[start : start + batch_size]
+            # channels_last: 1.4 to 2.7 times faster forward on the CPU
+            embedding, probability = model.embed(some.contiguous(memory_format=torch.channels_last))
+            embeddings.append(embedding.float().cpu().numpy())
+            probabilities.append(probability.float().cpu().numpy())
+            statistics.append(picture_statistics(some))
+            if on_progress is not None:
+                on_progress(start + len(some))
+    table = FeatureTable(
+        sample_ids=tuple(sample_ids),
+        embedding=np.concatenate(embeddings),
+        probabilities=np.concatenate(probabilities),
+        statistics=pd.concat(statistics, ignore_index=True),
+    )
+    width, height = np.asarray(sizes, dtype=np.float64).T
+    return dataclasses.replace(
+        table,
+        statistics=table.statistics.assign(width=width, height=height, aspect=width / height),
+    )

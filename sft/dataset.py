@@ -1,0 +1,137 @@
+"""Labelled pictures in memory: fixed roles, and batches that mix fresh with rehearsed samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+HOLDOUT_SHARE = 0.3
+VALIDATION_SHARE = 0.1
+
+
+class Role(StrEnum):
+    """What a sample may be used for, for ever."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    HOLDOUT = "holdout"
+
+
+def role_of(sample_id: str) -> Role:
+    """Tell a sample's role by a hash of its id.
+
+    The role never changes, whatever arrives later, so no hold-out sample is ever trained on, across
+    all versions. The shares are constants for the same reason: a setting could be changed.
+    """
+    digest = hashlib.sha256(b"sustain role\0" + sample_id.encode()).digest()
+    place = int.from_bytes(digest[:8]) / 2**64
+    if place < HOLDOUT_SHARE:
+        return Role.HOLDOUT
+    if place < HOLDOUT_SHARE + VALIDATION_SHARE:
+        return Role.VALIDATION
+    return Role.TRAIN
+
+
+@dataclass(frozen=True)
+class LabelledPictures:
+    """Decoded pictures with labels.
+
+    Attributes:
+        sample_ids: n ids.
+        pixels: uint8 (n, C, H, W).
+        labels: int64 (n,), the index of the class.
+    """
+
+    sample_ids: tuple[str, ...]
+    pixels: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse parts of unequal length."""
+        if not len(self.sample_ids) == len(self.pixels) == len(self.labels):
+            raise ValueError(
+                f"{len(self.sample_ids)} ids, {len(self.pixels)} pictures and"
+                f" {len(self.labels)} labels do not belong together"
+            )
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def take(self, index: Sequence[int]) -> LabelledPictures:
+        """Return the samples at these places, in this order."""
+        places = torch.as_tensor(list(index), dtype=torch.int64)
+        ids = tuple(self.sample_ids[i] for i in index)
+        return LabelledPictures(ids, self.pixels[places], self.labels[places])
+
+    def with_role(self, role: Role) -> LabelledPictures:
+        """Return the samples whose id has this role."""
+        return self.take([i for i, name in enumerate(self.sample_ids) if role_of(name) is role])
+
+
+def join(parts: Sequence[LabelledPictures]) -> LabelledPictures:
+    """Put several sets behind one another; raises ValueError when there is none."""
+    if not parts:
+        raise ValueError("nothing to join")
+    return LabelledPictures(
+        tuple(name for part in parts for name in part.sample_ids),
+        torch.cat([part.pixels for part in parts]),
+        torch.cat([part.labels for part in parts]),
+    )
+
+
+def sample_evenly(data: LabelledPictures, most: int, *, seed: int) -> LabelledPictures:
+    """Return at most `most` samples, drawn uniformly: the measured default for rehearsal memory."""
+    if len(data) <= most:
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return data.take(sorted(order[:most].tolist()))
+
+
+def batches(
+    fresh: LabelledPictures,
+    memory: LabelledPictures | None,
+    *,
+    batch_size: int,
+    rehearsal: float,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
+
+    Yields uint8 pictures (b, C, H, W) and labels (b,). Old samples are drawn uniformly, without
+    repetition while they last.
+    """
+    old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
+    fresh_count = max(1, batch_size - old_count)
+    order = torch.randperm(len(fresh), generator=generator)
+    for chosen in order.split(fresh_count):
+        pixels, labels = fresh.pixels[chosen], fresh.labels[chosen]
+        if memory is not None and old_count:
+            share = max(1, round(old_count * len(chosen) / fresh_count))
+            old = torch.randperm(len(memory), generator=generator)[:share]
+            pixels = torch.cat([pixels, memory.pixels[old]])
+            labels = torch.cat([labels, memory.labels[old]])
+        yield pixels, labels
+
+
+def shift(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Move each picture by its own random offset of at most `most` pixels, edges repeated.
+
+    Args:
+        pixels: uint8 (n, C, H, W).
+        most: pixels in each direction; 0 returns the pictures as they are.
+        generator: source of the offsets.
+    """
+    if most == 0:
+        return pixels
+    n, _, height, width = pixels.shape
+    offsets = torch.randint(-most, most + 1, (2, n), generator=generator)
+    rows = (torch.arange(height) + offsets[0][:, None]).clamp(0, height - 1)
+    columns = (torch.arange(width) + offsets[1][:, None]).clamp(0, width - 1)
+    sample = torch.arange(n)[:, None, None]
+    moved = pixels.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)

@@ -1,0 +1,151 @@
+"""What a version carries of its past: samples to rehearse, the old hold-out, and its regimes.
+
+The pictures are kept as the network sees them (after resizing, as lossless PNG), so that a version
+stays trainable and can be judged when the feed's old data is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from sft.dataset import LabelledPictures, Role
+from sft.pictures import Preprocessing, decode, encode_png
+
+COLUMNS = ("sample_id", "label", "role", "regime", "image")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One row a sample.
+
+    Columns of `table`: `sample_id`; `label` (a class name, or None for a reference sample whose
+    label never came); `role` (train, validation or holdout); `regime` (the world it came from);
+    `image` (PNG bytes).
+    """
+
+    table: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        """Refuse a table of another form."""
+        if tuple(self.table.columns) != COLUMNS:
+            raise ValueError(f"a memory has the columns {COLUMNS}, got {list(self.table.columns)}")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        """Names of the regimes, oldest first."""
+        return tuple(dict.fromkeys(self.table["regime"]))
+
+    def labelled(
+        self, role: Role, classes: Sequence[str], preprocessing: Preprocessing
+    ) -> LabelledPictures:
+        """Decode the labelled samples of one role."""
+        table = self.table
+        rows = table[(table["role"] == role.value) & table["label"].isin(list(classes))]
+        return self._decode(rows, classes, preprocessing)
+
+    def held_out(
+        self,
+        regime: str,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        learned: Collection[str] = (),
+    ) -> LabelledPictures:
+        """Decode what stands for a regime: its samples that no version learned from; label -1: none.
+
+        Args:
+            regime: its name.
+            classes: names, in the order of the labels.
+            preprocessing: the network's.
+            learned: ids of samples that the version or its parents trained on or chose weights by.
+        """
+        table = self.table
+        rows = table[
+            (table["regime"] == regime)
+            & (table["role"] == Role.HOLDOUT.value)
+            & ~table["sample_id"].isin(list(learned))
+        ]
+        return self._decode(rows, classes, preprocessing)
+
+    def bounded(self, *, rehearsal: int, holdout: int) -> Memory:
+        """Keep at most `rehearsal` train, as many validation, and `holdout` samples a regime.
+
+        Those with the smallest hash of their id stay: a uniform sample that changes little from
+        version to version. A held-out sample with a label is kept before one without.
+        """
+        table = self.table.assign(_place=[_place(name) for name in self.table["sample_id"]])
+        table["_unlabelled"] = table["label"].isna()
+        parts = []
+        for role in (Role.TRAIN, Role.VALIDATION):
+            rows = table[table["role"] == role.value]
+            parts.append(rows.sort_values("_place").head(rehearsal))
+        held = table[table["role"] == Role.HOLDOUT.value]
+        parts += [
+            held[held["regime"] == name].sort_values(["_unlabelled", "_place"]).head(holdout)
+            for name in self.regimes
+        ]
+        kept = pd.concat(parts).sort_index()
+        return Memory(kept[list(COLUMNS)].reset_index(drop=True))
+
+    def extended(self, more: Memory) -> Memory:
+        """Return this memory with more samples; a sample that is in both is taken from `more`."""
+        old = self.table[~self.table["sample_id"].isin(more.table["sample_id"])]
+        if more.table.empty:
+            return Memory(old.reset_index(drop=True))
+        return Memory(pd.concat([old, more.table], ignore_index=True))
+
+    def save(self, path: Path) -> None:
+        """Write Parquet."""
+        self.table.to_parquet(path, index=False)
+
+    @classmethod
+    def load(cls, path: Path) -> Memory:
+        """Read what `save` wrote."""
+        return cls(pd.read_parquet(path)[list(COLUMNS)])
+
+    def _decode(
+        self, rows: pd.DataFrame, classes: Sequence[str], preprocessing: Preprocessing
+    ) -> LabelledPictures:
+        size, channels = preprocessing.image_size, preprocessing.channels
+        seen = Preprocessing(image_size=size, resize_size=size, channels=channels)
+        pixels = [decode(image, seen).pixels for image in rows["image"]]
+        index = {name: place for place, name in enumerate(classes)}
+        labels = [-1 if pd.isna(label) else index.get(label, -1) for label in rows["label"]]
+        return LabelledPictures(
+            tuple(rows["sample_id"]),
+            torch.stack(pixels)
+            if pixels
+            else torch.empty(0, channels, size, size, dtype=torch.uint8),
+            torch.tensor(labels, dtype=torch.int64),
+        )
+
+
+def remember(
+    data: LabelledPictures, classes: Sequence[str], roles: Sequence[Role], regime: str
+) -> Memory:
+    """Make the memory of decoded samples; label -1 becomes a missing one."""
+    labels = [None if label < 0 else classes[label] for label in data.labels.tolist()]
+    return Memory(
+        pd.DataFrame(
+            {
+                "sample_id": pd.Series(list(data.sample_ids), dtype="object"),
+                "label": pd.Series(labels, dtype="object"),
+                "role": pd.Series([role.value for role in roles], dtype="object"),
+                "regime": pd.Series([regime] * len(data), dtype="object"),
+                "image": pd.Series([encode_png(p) for p in data.pixels], dtype="object"),
+            }
+        )
+    )
+
+
+def _place(sample_id: str) -> str:
+    return hashlib.sha256(b"sustain memory\0" + sample_id.encode()).hexdigest()

@@ -1,0 +1,443 @@
+"""Networks: build one with a replaced head, widen its head, save it and load it.
+
+The truth of a saved network is two files: `model.safetensors` and `config.json`. Loading them runs
+nobody's code but this package's: no pickle, and a factory of the user's own is called only when the
+caller names it as allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sft.pictures import Preprocessing
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ModelError(ValueError):
+    """A network cannot be built or loaded; the message names the thing and the way out."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that is needed, beside the weights, to rebuild a network and feed it.
+
+    Attributes:
+        architecture: a torchvision name, `small_cnn`, `mlp`, or `package.module:function`.
+        classes: class names in the order of the head's outputs.
+        preprocessing: how a picture becomes a tensor.
+        mean, std: per channel, on pixels scaled to [0, 1].
+    """
+
+    architecture: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be a classifier's configuration."""
+        if len(self.classes) < 2:  # noqa: PLR2004 - one class leaves nothing to decide
+            raise ModelError(f"a classifier needs at least 2 classes, got {list(self.classes)}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ModelError(f"classes are named twice in {list(self.classes)}")
+        channels = self.preprocessing.channels
+        if not len(self.mean) == len(self.std) == channels:
+            raise ModelError(f"mean and std need {channels} values, one a channel")
+
+
+class Network(nn.Module):
+    """A body whose last layer is the head, fed with uint8 pictures.
+
+    `forward` gives logits (n, classes); `embed` gives what the head sees and the probabilities, in
+    one pass.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, body: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.body = body
+        shape = (1, len(config.mean), 1, 1)
+        self.register_buffer("mean", torch.tensor(config.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(shape), persistent=False)
+
+    @property
+    def head(self) -> nn.Linear | nn.Conv2d:
+        """The last layer, whose outputs are the classes."""
+        return _head(self.body)[1]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Uint8 pictures (n, C, H, W) to logits (n, classes)."""
+        scaled = (pixels.float() / 255.0 - self.mean) / self.std
+        logits = self.body(scaled.contiguous(memory_format=torch.channels_last))
+        return cast("Tensor", logits)
+
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Uint8 pictures (n, C, H, W) to embeddings (n, d), averaged over places, and logits."""
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self(pixels)
+        finally:
+            hook.remove()
+        embedding = seen[-1]
+        if isinstance(self.head, nn.Conv2d):
+            embedding = embedding.mean(dim=(2, 3))
+        return embedding.flatten(1), logits
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Uint8 pictures to embeddings (n, d) and probabilities (n, classes), both float32."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                embedding, logits = self.features(pixels)
+                return embedding.float(), logits.float().softmax(dim=1)
+        finally:
+            self.train(was_training)
+
+
+def small_cnn(num_classes: int, preprocessing: Preprocessing) -> nn.Module:
+    """Build two convolutions and a 128-d layer, for pictures of 16 to 64 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(preprocessing.channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(64 * 16, 128),
+        nn.ReLU(),
+        nn.Linear(128, num_classes),
+    )
+
+
+def mlp(num_classes: int, preprocessing: Preprocessing) -> nn.Module:
+    """Build a multi-layer perceptron with hidden layers of 256 and 128 units."""
+    inputs = preprocessing.channels * preprocessing.image_size**2
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs, 256),
+        nn.ReLU(),
+        nn.Linear(256, 128),
+        nn.ReLU(),
+        nn.Linear(128, num_classes),
+    )
+
+
+BUILT_IN: Mapping[str, Callable[[int, Preprocessing], nn.Module]] = {
+    "small_cnn": small_cnn,
+    "mlp": mlp,
+}
+
+
+def is_factory(architecture: str) -> bool:
+    """Whether an architecture's name points to code of the user's: `package.module:function`."""
+    return ":" in architecture
+
+
+def build(
+    config: ModelConfig,
+    *,
+    weights: str | Path | None = None,
+    keep_head: bool = False,
+    allowed_factories: Collection[str] = (),
+    seed: int = 0,
+) -> Network:
+    """Build a network whose head has one output a class.
+
+    Args:
+        config: what to build.
+        weights: None for random ones; the path of a state dict (`.safetensors`, or `.pt`/`.pth`,
+            read without running code); else the name of torchvision's weights, such as `DEFAULT`.
+        keep_head: take the head from the weights too (adopting a finished model) instead of
+            replacing it.
+        allowed_factories: `package.module:function` names that may be imported and called.
+        seed: for the random weights.
+
+    Raises:
+        ModelError: an unknown architecture, a factory that is not allowed, or weights that do not
+            fit (the first mismatches are listed).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights is None:
+            body = _body(config, len(config.classes), None, allowed_factories)
+            return Network(config, _with_outputs(body, len(config.classes)))
+        if isinstance(weights, str) and not _looks_like_path(weights):
+            body = _body(config, None, weights, allowed_factories)
+            return Network(config, _with_outputs(body, len(config.classes), anew=True))
+        state = read_state_dict(Path(weights))
+        outputs = _head_rows(config, state, allowed_factories)
+        body = _with_outputs(_body(config, outputs, None, allowed_factories), outputs)
+        _load_strictly(body, state, f"weights {weights}", config.architecture)
+        if keep_head:
+            if outputs != len(config.classes):
+                raise ModelError(
+                    f"weights {weights} have a head of {outputs} outputs, but {len(config.classes)}"
+                    " classes are named: name the classes of the model, in its order"
+                )
+            return Network(config, body)
+        return Network(config, _with_outputs(body, len(config.classes), anew=True))
+
+
+def widen(network: Network, classes: Sequence[str], *, seed: int = 0) -> Network:
+    """Return a copy with a head for more classes; the rows of the old classes keep their weights.
+
+    Raises:
+        ModelError: when an old class is missing from `classes`.
+    """
+    old = network.config.classes
+    if missing := [name for name in old if name not in classes]:
+        raise ModelError(f"a widened head keeps every old class; missing: {missing}")
+    config = replace(network.config, classes=(*old, *(c for c in classes if c not in old)))
+    wide = _copy(network)
+    before = wide.head
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        body = _with_outputs(wide.body, len(config.classes), anew=True)
+        after = _head(body)[1]
+        after.weight[: len(old)] = before.weight
+        if before.bias is not None and after.bias is not None:
+            after.bias[: len(old)] = before.bias
+    return Network(config, body)
+
+
+def save(network: Network, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json`, which holds the digest of the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.contiguous() for name, value in network.body.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE)
+    config = asdict(network.config)
+    config["weights_sha256"] = _sha256(folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read `config.json`; raises ModelError when it is missing or is not one of ours."""
+    try:
+        raw = json.loads((folder / CONFIG_FILE).read_text())
+        return ModelConfig(
+            architecture=str(raw["architecture"]),
+            classes=tuple(str(name) for name in raw["classes"]),
+            preprocessing=Preprocessing(**raw["preprocessing"]),
+            mean=tuple(float(value) for value in raw["mean"]),
+            std=tuple(float(value) for value in raw["std"]),
+        )
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{folder / CONFIG_FILE} is not the configuration of a model: {error}") from error
+
+
+def load(folder: Path, *, allowed_factories: Collection[str] = ()) -> Network:
+    """Load what `save` wrote, after its digest has been checked.
+
+    Raises:
+        ModelError: a file is missing or altered, or the model asks for a factory that is not
+            allowed.
+    """
+    config = read_config(folder)
+    expected = json.loads((folder / CONFIG_FILE).read_text()).get("weights_sha256")
+    try:
+        encoded = (folder / WEIGHTS_FILE).read_bytes()
+    except OSError as error:
+        raise ModelError(f"the weights are missing: {error}") from error
+    if hashlib.sha256(encoded).hexdigest() != expected:
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} is not what was saved (its digest differs): take another"
+            " version, or restore the file"
+        )
+    body = _body(config, len(config.classes), None, allowed_factories)
+    body = _with_outputs(body, len(config.classes))
+    _load_strictly(body, load_safetensors(encoded), WEIGHTS_FILE, config.architecture)
+    return Network(config, body).eval()
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict from `.safetensors` or a torch file, without running code from it."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_safetensors(path.read_bytes())
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"no weights at {path}") from error
+    except Exception as error:
+        raise ModelError(
+            f"{path} is not a state dict of tensors: save it with"
+            f" torch.save(model.state_dict(), ...) or as safetensors ({error})"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelError(f"{path} does not hold a state dict of tensors")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def architectures() -> list[str]:
+    """Name every architecture that can be built: the two built in, then torchvision's."""
+    from torchvision import models  # noqa: PLC0415 - takes a second, and not every use needs it
+
+    return [*BUILT_IN, *models.list_models(module=models)]
+
+
+def _body(
+    config: ModelConfig,
+    outputs: int | None,
+    weights: str | None,
+    allowed_factories: Collection[str],
+) -> nn.Module:
+    name = config.architecture
+    if is_factory(name):
+        if weights is not None:
+            raise ModelError(f"{name} is your own factory: give its weights as a file, not by name")
+        return _call_factory(name, outputs or len(config.classes), allowed_factories)
+    if name in BUILT_IN:
+        if weights is not None:
+            raise ModelError(f"{name} has no published weights ({weights!r}): leave weights empty")
+        return BUILT_IN[name](outputs or len(config.classes), config.preprocessing)
+    return _torchvision_body(config, outputs, weights)
+
+
+def _torchvision_body(config: ModelConfig, outputs: int | None, weights: str | None) -> nn.Module:
+    from torchvision import models  # noqa: PLC0415 - takes a second, and not every use needs it
+
+    name = config.architecture
+    if name not in models.list_models(module=models):
+        import difflib  # noqa: PLC0415 - only for the message
+
+        near = difflib.get_close_matches(name, architectures(), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ModelError(
+            f"unknown architecture {name!r}: give a torchvision classification name, small_cnn,"
+            f" mlp, or package.module:function{hint}"
+        )
+    if config.preprocessing.channels != 3:  # noqa: PLR2004 - RGB
+        raise ModelError(f"{name} takes pictures of 3 channels: set channels = 3")
+    try:
+        if weights is not None:
+            body = models.get_model(name, weights=weights)
+        else:
+            body = models.get_model(name, weights=None, num_classes=outputs)
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{name} has no weights called {weights!r}: {error}") from error
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's training heads
+        if getattr(body, auxiliary, None) is not None:
+            setattr(body, auxiliary, None)
+            body.aux_logits = False
+    return cast("nn.Module", body)
+
+
+def _call_factory(name: str, outputs: int, allowed: Collection[str]) -> nn.Module:
+    if name not in allowed:
+        raise ModelError(
+            f"the model asks for the factory {name}, which is not allowed: only the settings can"
+            f' allow it, with architecture = "{name}" under [model]'
+        )
+    module_name, _, function_name = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"the factory {name} cannot be imported: {error}") from error
+    body = factory(num_classes=outputs)
+    if not isinstance(body, nn.Module):
+        raise ModelError(f"the factory {name} returned {type(body).__name__}, not a torch module")
+    return body
+
+
+def _head(body: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """Find the last linear layer or convolution: the head of every torchvision classifier."""
+    layers = [
+        (name, module)
+        for name, module in body.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    if not layers:
+        raise ModelError(f"{type(body).__name__} has no linear layer that could be its head")
+    return layers[-1]
+
+
+def _with_outputs(body: nn.Module, outputs: int, *, anew: bool = False) -> nn.Module:
+    """Give the body a head with that many outputs; `anew` replaces one that already fits."""
+    name, head = _head(body)
+    have = head.out_features if isinstance(head, nn.Linear) else head.out_channels
+    if have == outputs and not anew:
+        return body
+    fresh: nn.Linear | nn.Conv2d
+    if isinstance(head, nn.Linear):
+        fresh = nn.Linear(head.in_features, outputs, bias=head.bias is not None)
+    else:
+        size = cast("tuple[int, int]", head.kernel_size)
+        fresh = nn.Conv2d(head.in_channels, outputs, size, bias=head.bias is not None)
+    parent, _, attribute = name.rpartition(".")
+    setattr(body.get_submodule(parent), attribute, fresh)
+    if hasattr(body, "num_classes"):  # SqueezeNet and GoogLeNet keep the number
+        body.num_classes = outputs
+    return body
+
+
+def _head_rows(
+    config: ModelConfig, state: Mapping[str, Tensor], allowed_factories: Collection[str]
+) -> int:
+    name, _ = _head(_body(config, len(config.classes), None, allowed_factories))
+    weight = state.get(f"{name}.weight")
+    if weight is None:
+        raise ModelError(
+            f"the weights do not fit {config.architecture}: they have no {name}.weight, but"
+            f" {', '.join(list(state)[:3])}, …"
+        )
+    return int(weight.shape[0])
+
+
+def _load_strictly(
+    body: nn.Module, state: Mapping[str, Tensor], what: str, architecture: str
+) -> None:
+    own = body.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in state]
+    # the weights of a torchvision file may hold the auxiliary heads that were taken off
+    wrong += [
+        f"unexpected {name}"
+        for name in state
+        if name not in own and not name.lower().startswith("aux")
+    ]
+    wrong += [
+        f"{name}: {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""  # noqa: PLR2004 - a few
+        raise ModelError(f"{what} do not fit {architecture}: {'; '.join(wrong[:3])}{more}")
+    body.load_state_dict({name: state[name] for name in own}, strict=True)
+
+
+def _copy(network: Network) -> Network:
+    import copy  # noqa: PLC0415 - one use
+
+    return copy.deepcopy(network)
+
+
+def _looks_like_path(weights: str) -> bool:
+    return "/" in weights or weights.endswith((".safetensors", ".pt", ".pth", ".bin"))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,124 @@
+"""A saved network as a service: pictures in, class names and probabilities out.
+
+MLflow calls `_load_pyfunc` when a version is loaded through `mlflow.pyfunc`; nothing here imports
+MLflow. Loading runs no code of the model's files.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sft import models
+from sft.models import Network
+from sft.pictures import BadPicture, decode, encode_png
+
+
+class Classifier:
+    """Answers pictures; every form of input that `predict` names gives the same answers."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def predict(
+        self,
+        model_input: pd.DataFrame | np.ndarray[Any, Any] | Sequence[str | bytes],
+        params: Mapping[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Predict a class for each picture.
+
+        Args:
+            model_input: a frame with one column `image` (or its first column) or a list, of
+                base64-encoded or raw JPEG or PNG; or a uint8 array (n, H, W), (n, H, W, C).
+            params: taken for MLflow's sake; there are none.
+
+        Returns:
+            A frame with `class`, `confidence`, and `probabilities` (class name to probability).
+
+        Raises:
+            ValueError: names the first picture that cannot be read, by its place.
+        """
+        del params
+        pixels = self._pixels(model_input)
+        classes = self.network.config.classes
+        chunks = [self.network.embed(chunk)[1] for chunk in pixels.split(256)]
+        table = torch.cat(chunks).numpy()
+        best = table.argmax(axis=1)
+        return pd.DataFrame(
+            {
+                "class": [classes[index] for index in best],
+                "confidence": table.max(axis=1).astype(float),
+                "probabilities": [
+                    dict(zip(classes, map(float, row), strict=True)) for row in table
+                ],
+            }
+        )
+
+    def _pixels(
+        self, model_input: pd.DataFrame | np.ndarray[Any, Any] | Sequence[str | bytes]
+    ) -> Tensor:
+        if isinstance(model_input, pd.DataFrame):
+            name = "image" if "image" in model_input.columns else model_input.columns[0]
+            model_input = model_input[name].tolist()
+        if isinstance(model_input, np.ndarray) and model_input.dtype.kind in "USO":
+            model_input = model_input.ravel().tolist()
+        if isinstance(model_input, np.ndarray):
+            encoded: list[bytes] = [_as_png(array) for array in _as_pictures(model_input)]
+        else:
+            encoded = [_as_bytes(item, place) for place, item in enumerate(model_input)]
+        if not encoded:
+            raise ValueError("there is no picture to answer")
+        decoded = []
+        for place, item in enumerate(encoded):
+            try:
+                decoded.append(decode(item, self.network.config.preprocessing).pixels)
+            except BadPicture as error:
+                raise ValueError(f"picture {place} cannot be read: {error}") from error
+        return torch.stack(decoded)
+
+
+def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) -> Classifier:
+    """Load for `mlflow.pyfunc.load_model`.
+
+    A model on a factory of the user's own needs `model_config={"architecture": "package.module:f"}`:
+    the caller allows it, never the model's files.
+    """
+    allowed = (model_config or {}).get("architecture")
+    network = models.load(Path(data_path), allowed_factories=[allowed] if allowed else [])
+    return Classifier(network)
+
+
+def _as_bytes(item: str | bytes, place: int) -> bytes:
+    if isinstance(item, bytes):
+        return item
+    try:
+        return base64.b64decode(item, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise ValueError(f"picture {place} is not base64: {error}") from error
+
+
+def _as_pictures(array: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    if array.dtype != np.uint8:
+        if not (np.equal(array, np.floor(array)).all() and array.min() >= 0 and array.max() <= 255):  # noqa: PLR2004 - a byte
+            raise ValueError(f"an array of pictures must be uint8 (0 to 255), got {array.dtype}")
+        array = array.astype(np.uint8)
+    if array.ndim not in (3, 4):
+        raise ValueError(f"an array of pictures is (n, H, W) or (n, H, W, C), got {array.shape}")
+    return list(array)
+
+
+def _as_png(array: np.ndarray[Any, Any]) -> bytes:
+    """Encode one picture without loss, so that arrays take the same way as files do."""
+    if array.ndim == 3 and array.shape[2] == 1:  # noqa: PLR2004 - a channel axis
+        array = array[:, :, 0]
+    tensor = torch.from_numpy(np.asarray(Image.fromarray(array).convert("RGB")).copy())
+    return encode_png(tensor.permute(2, 0, 1))
