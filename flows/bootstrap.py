@@ -113,8 +113,8 @@ def _labelled_pictures(
     if not kept:
         raise BootstrapError(
             f"no picture in {data} has a label: put the pictures into one folder a class, add a"
-            f" metadata file with the column {settings.feed.label_column!r}, or name a file of labels"
-            " with --labels"
+            f" metadata file with the column {settings.feed.label_column!r}, or name a file of"
+            " labels with --labels"
         )
     ids = [read.samples["sample_id"].iloc[place] for place in kept]
     counts = Counter(known[name] for name in ids)
@@ -149,10 +149,10 @@ def _make(
     adopt: str | None,
 ) -> Version:
     train, holdout = pictures.with_role(Role.TRAIN), pictures.with_role(Role.HOLDOUT)
-    if len(holdout) < 20 or len(set(train.labels.tolist())) < 2:  # noqa: PLR2004 - see the message
+    if len(holdout) < 20 or len(set(train.labels.tolist())) < 2:  # noqa: PLR2004 - said below
         raise BootstrapError(
-            f"{len(pictures)} labelled pictures leave {len(train)} to train on and {len(holdout)} to"
-            " hold out (at least 20, better ten times a batch): give more"
+            f"{len(pictures)} labelled pictures leave {len(train)} to train on and {len(holdout)}"
+            " to hold out (at least 20, better ten times a batch): give more"
         )
     config = _config(settings, train, classes)
     run_id = registry.begin_run(
@@ -217,9 +217,7 @@ def _preprocessing(settings: Settings) -> Preprocessing:
     )
 
 
-def _config(
-    settings: Settings, train: LabelledPictures, classes: tuple[str, ...]
-) -> ModelConfig:
+def _config(settings: Settings, train: LabelledPictures, classes: tuple[str, ...]) -> ModelConfig:
     preprocessing = _preprocessing(settings)
     architecture = settings.model.architecture
     if settings.model.mean:

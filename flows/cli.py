@@ -1,4 +1,4 @@
-"""The command line: `sustain …`, one command a verb. Slow imports wait until a command needs them."""
+"""The command line: `sustain …`, one command a verb. Slow imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -169,7 +169,9 @@ def status(settings_file: Path) -> None:
     plan = make_plan(registry, settings, datetime.now(UTC))
     console.print(version_table(registry))
     checks = registry.checks(plan.champion.number)
-    table = Table(title=f"newest checks against version {plan.champion.number}", title_justify="left")
+    table = Table(
+        title=f"newest checks against version {plan.champion.number}", title_justify="left"
+    )
     for column in ("batch", "p-value", "accuracy, estimated", "true (labels)", "decision"):
         table.add_column(column)
     for check in checks[-10:]:
@@ -262,7 +264,7 @@ def show_watched(watched: Watched) -> None:
         console.print(f"{batch}: true accuracy {accuracy:.3f} on its labels", markup=False)
     for problem in watched.problems:
         console.print(f"labels: {problem}", markup=False)
-    console.print(f"decision: {watched.decision.action} – {watched.decision.reason}", markup=False)
+    console.print(f"decision: {watched.decision.action}: {watched.decision.reason}", markup=False)
     if watched.retrained:
         console.print(watched.retrained, markup=False)
 

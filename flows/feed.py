@@ -185,12 +185,12 @@ def read_batch(
         TooManyBad: more than `max_bad_share` of it is unreadable.
         FeedError: the storage failed.
     """
-    if not batch.id or batch.id in (".", "..") or "/" in batch.id:
-        raise FeedError(f"batch {batch.id!r}: its id is not the name of a folder in the feed")
-    place = _open_place(settings.url, settings, root).child(batch.id)
+    place = _open_place(batch.url, settings, root)
     entries = _walk(place)
     current = _describe(place, batch.id, entries)
-    _check_ready(batch, current, place, entries, settings)
+    feed = _open_place(settings.url, settings, root)
+    closed_by = settings.closed_by if feed.child(batch.id).path == place.path else "rename"
+    _check_ready(batch, current, place, entries, closed_by)
     intake = _Intake(current, settings, preprocessing, only)
     _read_contents(place, _visible(entries), settings, intake)
     if _describe(place, batch.id, _walk(place)).stamp != current.stamp:
@@ -199,6 +199,71 @@ def read_batch(
             "(write a batch elsewhere and rename it into the feed, or close it with _SUCCESS)"
         )
     return intake.finish()
+
+
+def describe_batch(url: str, settings: FeedSettings, root: Path) -> Batch:
+    """Describe one folder in the form of a batch that need not lie in the feed.
+
+    Its id is the folder's name, and `read_batch` does not expect a _SUCCESS in it.
+
+    Raises:
+        FeedError: there is no such folder.
+    """
+    place = _open_place(url, settings, root)
+    if not _is_folder(place):
+        raise FeedError(f"{place.shown} does not exist (or is no folder)")
+    batch_id = posixpath.basename(place.path.rstrip("/"))
+    if place.local:  # whoever names a link means the folder behind it
+        place = replace(place, path=os.path.realpath(place.path))
+        place = replace(place, shown=place.path)
+    return _describe(place, batch_id, _walk(place))
+
+
+def read_own_labels(batch: Batch, settings: FeedSettings, root: Path) -> dict[str, str]:
+    """Return sample id to label for the labels that came with a batch, without its pictures.
+
+    The labels are those that `read_batch` gives, and also those of pictures that it would
+    quarantine. Files that cannot be read are left to `read_batch` to report.
+
+    Raises:
+        FeedError: the storage failed.
+    """
+    place = _open_place(batch.url, settings, root)
+    files = _visible(_walk(place))
+    intake = _Intake(batch, settings, Preprocessing(image_size=1), only=None)  # decodes nothing
+    contents = _sort_files(place, files, _read_metadata(place, files, settings, intake))
+    samples = {name: sample for name, (sample, _) in contents.pictures.items()}
+    for shard, entry in contents.shards.items():
+        for name, label in _read_shard_labels(place, shard, entry, settings):
+            samples[name] = intake.agree(samples.get(name) or _Sample(name, None, {}), label)
+    return {
+        f"{batch.id}/{name}": sample.label
+        for name, sample in samples.items()
+        if sample.label is not None and not intake.is_disputed(name)
+    }
+
+
+def read_label_file(url: str, root: Path, settings: FeedSettings | None = None) -> LabelTable:
+    """Read one file of labels by the rules of `read_labels`.
+
+    Raises:
+        FeedError: it does not exist, or it cannot be used at all.
+    """
+    place = _open_place(url, settings or FeedSettings(), root)
+    try:
+        info = place.fs.info(place.path)
+    except Exception as error:
+        raise FeedError(f"{place.shown} cannot be read: {_told(error)}") from error
+    name = posixpath.basename(place.path)
+    if place.local:  # whoever names a link means the file behind it
+        place = replace(place, path=os.path.realpath(place.path))
+        info = place.fs.info(place.path)
+    folder = replace(place, path=posixpath.dirname(place.path))
+    try:
+        rows = _read_label_rows(folder, name, _entry(place.path, info))
+    except _Refused as refused:
+        raise FeedError(f"{place.shown}: {refused}") from refused
+    return _settle_files([(url, rows)])
 
 
 def read_labels(settings: FeedSettings, root: Path) -> LabelTable:
@@ -214,25 +279,18 @@ def read_labels(settings: FeedSettings, root: Path) -> LabelTable:
     if not _is_folder(place):
         problem = f"the labels folder {place.shown} does not exist (or is no folder): no labels yet"
         return LabelTable(labels=_label_frame([]), problems=(problem,))
-    problems: list[str] = []
-    statements: dict[str, _Statements] = {}
-    for order, (name, entry) in enumerate(sorted(_visible(_walk(place)).items())):
+    unusable: list[str] = []
+    files: list[tuple[str, _LabelRows]] = []
+    for name, entry in _visible(_walk(place)).items():
         if any(part.endswith(_UNFINISHED) for part in name.split("/")):
             continue
-        shown = f"{settings.labels.rstrip('/')}/{name}"
+        shown = f"{settings.labels.rstrip('/')}/{_printable(name)}"
         try:
-            rows = _read_label_file(place, name, entry)
+            files.append((shown, _read_label_rows(place, name, entry)))
         except _Refused as refused:
-            problems.append(f"{shown}: {refused}; the file was passed over")
-            continue
-        problems += [f"{shown}: {problem}" for problem in rows.problems]
-        for sample_id, answers in rows.answers.items():
-            said = _settle_within(answers, order, shown)
-            statements.setdefault(sample_id, _Statements()).add(said)
-    in_force = {sample_id: said.in_force() for sample_id, said in sorted(statements.items())}
-    problems += _describe_conflicts(in_force)
-    rows_out = [(i, s.labels[0], s.labelled_at) for i, s in in_force.items() if len(s.labels) == 1]
-    return LabelTable(labels=_label_frame(rows_out), problems=tuple(problems))
+            unusable.append(f"{shown}: {refused}; the file was passed over")
+    settled = _settle_files(files)
+    return replace(settled, problems=(*unusable, *settled.problems))
 
 
 # --- places: one way to speak of a local folder and of a bucket
@@ -268,7 +326,7 @@ class _Refused(Exception):  # noqa: N818 -- carries the reason to where it is re
 
 
 def _open_place(url: str, settings: FeedSettings, root: Path) -> _Place:
-    if "://" not in url and "::" not in url:
+    if os.path.isabs(url) or ("://" not in url and "::" not in url):  # noqa: PTH117
         path = os.path.abspath(root / Path(url).expanduser())  # noqa: PTH100 -- resolve() follows links
         return _Place(fsspec.filesystem("file"), path, path)
     try:
@@ -371,14 +429,14 @@ def _describe(place: _Place, batch_id: str, entries: dict[str, _Entry]) -> Batch
 
 
 def _check_ready(
-    batch: Batch, current: Batch, place: _Place, entries: dict[str, _Entry], settings: FeedSettings
+    batch: Batch, current: Batch, place: _Place, entries: dict[str, _Entry], closed_by: str
 ) -> None:
     problem = None
     if place.local and os.path.islink(place.path):  # noqa: PTH114
         problem = "it is a link, and links out of the feed are not followed; move the folder itself"
     elif not entries and not _is_folder(place):
         problem = "it is no longer in the feed"
-    elif settings.closed_by == "success" and "_SUCCESS" not in entries:
+    elif closed_by == "success" and "_SUCCESS" not in entries:
         problem = "it has no _SUCCESS yet (closed_by='success'), so it is still being written"
     elif current.digest != batch.digest:
         problem = "it changed since it was listed; it is tried again next time"
@@ -636,6 +694,9 @@ class _Intake:
             self._disputed[sample.name] = None
         return sample
 
+    def is_disputed(self, name: str) -> bool:
+        return name in self._disputed
+
     def repeat(self, name: str) -> None:
         self._repeated.append(name)
 
@@ -667,8 +728,8 @@ class _Intake:
             )
         if disputed := [name for name in self._disputed if name in self._kept]:
             self.notes.append(
-                f"{_count(disputed, 'sample')} came with two different labels and count as "
-                f"unlabelled: {_first_few(disputed)}"
+                f"{_count(disputed, 'sample')} came with two different labels, of which none "
+                f"counts: {_first_few(disputed)}"
             )
 
     def _judge(self, bad: list[tuple[str, str]]) -> None:
@@ -715,8 +776,8 @@ class _Intake:
         taken = [column for column in taken if column != "file_name"]
         if taken:
             self.notes.append(
-                f"{_count(taken, 'column')} of the batch were passed over, because their names are "
-                f"taken: {', '.join(taken)}"
+                f"{_count(taken, 'column')} passed over, because sustain gives columns of that "
+                f"name itself: {', '.join(taken)}"
             )
         for column in columns:
             if column not in (*_OWN_COLUMNS, settings.label_column):
@@ -755,7 +816,7 @@ def _read_contents(
     for name, entry in contents.shards.items():
         _read_shard(place, name, entry, settings, intake)
     if others := contents.others:
-        verb = "is no picture and was" if len(others) == 1 else "are no pictures and were"
+        verb = "is no picture was" if len(others) == 1 else "are no pictures were"
         intake.notes.append(
             f"{_count(others, 'file')} that {verb} passed over: {_first_few(others)}"
         )
@@ -828,12 +889,12 @@ def _read_metadata(
         intake.notes.append(f"{file} was used and {', '.join(unused)} passed over")
     try:
         table = _parse_table(file, _read_one(place, files[file]))
+        intake.notes += [f"{file}: {problem}" for problem in table.problems]
         if "file_name" not in table.columns:
             raise _Refused(_no_column("file_name", table))  # noqa: TRY301
     except _Refused as refused:
         intake.notes.append(f"{file}: {refused}; no labels or columns were taken from it")
         return _Metadata(file, {})
-    intake.notes += [f"{file}: {problem}" for problem in table.problems]
     return _Metadata(file, _match_metadata(file, table, files, settings, intake))
 
 
@@ -885,10 +946,9 @@ def _note_unnamed(
 ) -> None:
     unnamed = [name for name in wanted if name not in metadata.samples]
     if unnamed and metadata.samples:
-        verb = "is" if len(unnamed) == 1 else "are"
         intake.notes.append(
-            f"{_count(unnamed, 'picture')} {verb} not named in {metadata.file} and "
-            f"count without its columns: {_first_few(unnamed)}"
+            f"{_count(unnamed, 'picture')} not named in {metadata.file}, so without its columns: "
+            f"{_first_few(unnamed)}"
         )
 
 
@@ -963,6 +1023,29 @@ def _read_rows(shard: str, file: IO[bytes], settings: FeedSettings, intake: _Int
                 _take_row(next(unread), row, settings, intake)
 
 
+def _read_shard_labels(
+    place: _Place, shard: str, entry: _Entry, settings: FeedSettings
+) -> list[tuple[str, str | None]]:
+    column = settings.label_column
+    try:
+        if _problem_of_shard(place, shard, entry):
+            return []
+        with _open_shard(place, entry) as file:
+            parquet = pq.ParquetFile(file)
+            if not {"image", column} <= set(parquet.schema_arrow.names):
+                return []
+            stem = str(PurePosixPath(shard).with_suffix(""))
+            names: list[str] = []
+            for group in range(parquet.num_row_groups):
+                names += _row_names(parquet, group, stem, len(names))
+            labels = parquet.read(columns=[column]).column(0).to_pylist()
+            return [(n, _label_text(v)) for n, v in zip(names, labels, strict=True)]
+    except (FeedError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 -- a broken Parquet file can raise nearly everything
+        return []
+
+
 def _row_names(parquet: Any, group: int, stem: str, first: int) -> list[str]:
     count = parquet.metadata.row_group(group).num_rows
     names: list[Any] = [None] * count
@@ -1034,7 +1117,22 @@ class _Statements:
         return max(said, key=lambda statement: statement.order)
 
 
-def _read_label_file(place: _Place, name: str, entry: _Entry) -> _LabelRows:
+def _settle_files(files: list[tuple[str, _LabelRows]]) -> LabelTable:
+    """Settle what all files together say; they come in the order in which they correct."""
+    problems: list[str] = []
+    statements: dict[str, _Statements] = {}
+    for order, (shown, rows) in enumerate(files):
+        problems += [f"{shown}: {problem}" for problem in rows.problems]
+        for sample_id, answers in rows.answers.items():
+            said = _settle_within(answers, order, shown)
+            statements.setdefault(sample_id, _Statements()).add(said)
+    in_force = {sample_id: said.in_force() for sample_id, said in sorted(statements.items())}
+    problems += _describe_conflicts(in_force)
+    rows_out = [(i, s.labels[0], s.labelled_at) for i, s in in_force.items() if len(s.labels) == 1]
+    return LabelTable(labels=_label_frame(rows_out), problems=tuple(problems))
+
+
+def _read_label_rows(place: _Place, name: str, entry: _Entry) -> _LabelRows:
     if PurePosixPath(name).suffix.lower() not in (".csv", ".parquet"):
         raise _Refused("neither CSV nor Parquet")
     if entry.kind == "other":
@@ -1108,6 +1206,8 @@ def _settle_within(
     answers: list[tuple[str, pd.Timestamp | None]], order: int, file: str
 ) -> _Statement:
     """Reduce what one file says of a sample: its newest label, if that contradicts nothing."""
+    if len(answers) == 1:  # nearly always
+        return _Statement((answers[0][0],), answers[0][1], order, file)
     newest = max((time for _, time in answers if time is not None), default=None)
     labels = sorted({label for label, time in answers if time in (None, newest)})
     return _Statement(tuple(labels), newest, order, file)

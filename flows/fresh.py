@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import pandas as pd
 
 from flows.feed import Batch, read_labels, read_own_labels
@@ -53,9 +54,7 @@ class FreshSet:
         return hashlib.sha256(rows.encode()).hexdigest()
 
 
-def gather_labels(
-    settings: Settings, batches: Sequence[Batch], classes: Sequence[str]
-) -> Labels:
+def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequence[str]) -> Labels:
     """Gather the labels that came late and those that came with their batch.
 
     A late label corrects one that came with the batch. Labels for batches that the feed does not
@@ -85,9 +84,7 @@ def gather_labels(
         )
     gone = set(lost)
     usable = {
-        name: label
-        for name, label in merged.items()
-        if name not in gone and label in known_classes
+        name: label for name, label in merged.items() if name not in gone and label in known_classes
     }
     table = pd.DataFrame(
         {
@@ -99,14 +96,14 @@ def gather_labels(
 
 
 def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:
-    """Select the labels that are not among `learned` (`sample_id`, `label`); a corrected one is fresh.
+    """Select the labels that are not among `learned` (`sample_id`, `label`), or correct one.
 
     `learned` lists newest versions first, so that a sample's last label counts.
     """
     last = learned.drop_duplicates("sample_id", keep="first")
     known = set(zip(last["sample_id"], last["label"], strict=True))
     pairs = zip(labels.table["sample_id"], labels.table["label"], strict=True)
-    fresh = [pair not in known for pair in pairs]
+    fresh = np.array([pair not in known for pair in pairs], dtype=bool)
     return FreshSet(labels.table[fresh].reset_index(drop=True))
 
 

@@ -40,7 +40,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Package:
-    """The parts of a version; `learned` has `sample_id`, `label`, `role`, a row for each new label."""
+    """The parts of a version; `learned` has `sample_id`, `label`, `role`, a row a new label."""
 
     network: Network
     reference: Reference

@@ -1,4 +1,4 @@
-"""`sustain promote`: judge a version against the champion of now, and move the alias if it is better."""
+"""`sustain promote`: judge a version against today's champion; move the alias if it is better."""
 
 from __future__ import annotations
 
@@ -65,11 +65,13 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
     if candidate.number == champion.number:
         return Promoted(number, champion.number, True, "promote", "it is champion already")
     if candidate.verdict is None or candidate.verdict_against != champion.number:
-        # never judged, or the champion moved since: a verdict holds only against whom it was reached
+        # never judged, or the champion moved since: a verdict holds only against one champion
         candidate = judge_version(registry, settings, candidate, champion)
     outcome, reason = candidate.verdict or "", candidate.tags.get("verdict_reason", "")
     if why is None and candidate.rolled_back:
-        reason = f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote it"
+        reason = (
+            f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote it"
+        )
         return Promoted(number, champion.number, False, "rolled back", reason)
     if why is None and outcome != Outcome.PROMOTE.value:
         return Promoted(number, champion.number, False, outcome, reason)
@@ -140,13 +142,9 @@ def _judged_before(registry: Registry, candidate: Version, champion: Version) ->
     )
 
 
-def _record(
-    registry: Registry, candidate: Version, champion: Version, verdict: Verdict
-) -> None:
+def _record(registry: Registry, candidate: Version, champion: Version, verdict: Verdict) -> None:
     """Write the verdict on the version; the tag `verdict` comes last and makes it count."""
-    rows = [
-        f"| {c.name} | {'yes' if c.passed else 'no'} | {c.words} |" for c in verdict.criteria
-    ]
+    rows = [f"| {c.name} | {'yes' if c.passed else 'no'} | {c.words} |" for c in verdict.criteria]
     table = "\n".join(["| criterion | holds | figures |", "|---|---|---|", *rows])
     registry.log_text(
         candidate.run_id,

@@ -1,7 +1,7 @@
-"""The book of record: versions, aliases and checks in MLflow. The only file that imports MLflow.
+"""The book of record: versions, aliases and checks in MLflow, which nothing else imports.
 
-Everything here can be killed between any two lines and run again: a version is made in one call that
-carries its key, a check counts once its run is FINISHED, and a move of the `champion` alias is
+Everything here can be killed between any two lines and run again: a version is made in one call
+that carries its key, a check counts once its run is FINISHED, and a move of the `champion` alias is
 announced before it happens and completed by whoever looks next.
 """
 
@@ -71,7 +71,7 @@ class Version:
 
     @property
     def rolled_back(self) -> bool:
-        """Whether it lost the alias by a rollback; never promoted again by itself (a person may)."""
+        """Whether it lost the alias by a rollback, so that only a person may promote it again."""
         return self.tags.get("rolled_back_at", "") > self.tags.get("promoted_at", "")
 
 
@@ -222,8 +222,8 @@ class Registry:
         """Download a version's parts and check them before anything is loaded.
 
         Raises:
-            RegistryError: a file differs from what was registered, the loader is not this package's,
-                or code came with the model.
+            RegistryError: a file differs from what was registered, the loader is not this
+                package's, or code came with the model.
         """
         if version.run_id in self._fetched:
             return self._fetched[version.run_id]
@@ -275,9 +275,7 @@ class Registry:
         ]
         return pd.concat(tables, ignore_index=True)
 
-    def register(
-        self, made: Package, *, key: str, run_id: str, tags: Mapping[str, str]
-    ) -> Version:
+    def register(self, made: Package, *, key: str, run_id: str, tags: Mapping[str, str]) -> Version:
         """Register a package once: the version with this key, made now or before.
 
         Args:
@@ -346,8 +344,9 @@ class Registry:
     def observe_moves(self, now: datetime) -> Move | None:
         """Give a move of the alias its effect, whoever moved it; return it, or None.
 
-        A version that loses the alias other than to its own descendant was rolled back: it is marked
-        (and so is every version between it and the new champion) and never promoted again by itself.
+        A version that loses the alias other than to its own descendant was rolled back: it is
+        marked, and so is every version between it and the new champion, and none of them is ever
+        promoted again by itself.
         """
         current = self.alias(CHAMPION)
         tags = self._model_tags()
@@ -396,9 +395,7 @@ class Registry:
             self.tag(after, promoted_by=move.by, promoted_why=move.why, promoted_at=move.at)
         if self.alias(CHALLENGER) == move.after:
             self.client.delete_registered_model_alias(self.name, CHALLENGER)
-        self.client.set_registered_model_tag(
-            self.name, "sustain.champion_seen", str(move.after)
-        )
+        self.client.set_registered_model_tag(self.name, "sustain.champion_seen", str(move.after))
         self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
 
     # ---- checks and training runs
@@ -582,9 +579,9 @@ def _check_record(run: Run) -> CheckRecord:
 
 def _as_pyfunc(folder: Path) -> None:
     """Wrap the network's folder as an MLflow pyfunc whose loader is this package's."""
-    from importlib.metadata import version  # noqa: PLC0415 - one use
+    from importlib.metadata import version
 
-    import mlflow.pyfunc  # noqa: PLC0415 - slow to import, and most commands do without
+    import mlflow.pyfunc
 
     source = folder / package.NETWORK
     # MLflow copies a folder to data/<its name>; the loader is told that path
@@ -622,9 +619,9 @@ def _check_loader(model: Path, number: int) -> None:
         raise RegistryError(f"version {number} has no readable MLmodel file: {error}") from error
     if loader != LOADER or code:
         raise RegistryError(
-            f"version {number} asks for the loader {loader!r}{' with code of its own' if code else ''};"
-            f" only {LOADER!r} is allowed, so it was not loaded: move the champion to a version that"
-            " sustain wrote"
+            f"version {number} asks for the loader {loader!r}"
+            f"{' with code of its own' if code else ''}; only {LOADER!r} is allowed, so it was not"
+            " loaded: move the champion to a version that sustain wrote"
         )
 
 

@@ -1,4 +1,4 @@
-"""`sustain retrain`: fine-tune the champion on fresh labels, register the challenger, let it be judged."""
+"""`sustain retrain`: fine-tune the champion on fresh labels; register and judge the challenger."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ def make_challenger(
     """Fine-tune, build what the version carries, and register it once."""
     network = registry.network(champion)
     classes = tuple(network.config.classes)
-    if new := [c for c in settings.model.classes if c not in classes and c in set(fresh.table["label"])]:
+    if new := [
+        c for c in settings.model.classes if c not in classes and c in set(fresh.table["label"])
+    ]:
         network = widen(network, (*classes, *new), seed=settings.training.seed)
         classes = network.config.classes
     memory = registry.memory(champion)
@@ -118,7 +120,11 @@ def make_challenger(
     run_id = registry.begin_run(
         "training",
         f"retrain v{champion.number}",
-        {"sustain.retrain_key": key, "sustain.parent": str(champion.number), "sustain.cause": cause},
+        {
+            "sustain.retrain_key": key,
+            "sustain.parent": str(champion.number),
+            "sustain.cause": cause,
+        },
     )
     counts = Counter(fresh.table["label"])
     registry.log(
@@ -176,8 +182,8 @@ def read_window(
 ) -> tuple[LabelledPictures, LabelledPictures]:
     """Read the fresh labelled samples, and the unlabelled ones of the batches that rang.
 
-    The first are learned from and judged on; the second, with the held-out part of the first, become
-    the new regime of the reference.
+    The first are learned from and judged on; the second, with the held-out part of the first,
+    become the new regime of the reference.
     """
     label_of = dict(zip(fresh.table["sample_id"], fresh.table["label"], strict=True))
     wanted: dict[str, set[str]] = defaultdict(set)

@@ -24,7 +24,9 @@ class RolledBack:
     @property
     def words(self) -> str:
         """One sentence."""
-        lost = f", and version {self.before} is never promoted again by itself" if self.before else ""
+        lost = (
+            f", and version {self.before} is never promoted again by itself" if self.before else ""
+        )
         return f"version {self.after} is champion again{lost}: {self.why}"
 
 
@@ -65,6 +67,6 @@ def _before(registry: Registry) -> Version:
     before = champion.tags.get("promoted_from") or champion.parent
     if before is None:
         raise RegistryError(
-            f"version {champion.number} is the first champion: there is none before it to roll back to"
+            f"version {champion.number} is the first champion: there is none before it to go back to"
         )
     return registry.version(int(before))

@@ -59,7 +59,9 @@ def show(settings: Settings, *, mlflow_port: int, prefect_port: int) -> None:
                 started.append(start_prefect(prefect_port, logs))
             wait_until_healthy(f"{mlflow}/health", "MLflow", started, logs)
             wait_until_healthy(f"{prefect}/api/health", "Prefect", started, logs)
-        console.print(f"MLflow   {mlflow}/#/models/{settings.model.name}  (versions, roll back here)")
+        console.print(
+            f"MLflow   {mlflow}/#/models/{settings.model.name}  (versions, roll back here)"
+        )
         console.print(f"         {mlflow}/#/experiments  (checks and drift reports)")
         console.print(f"Prefect  {prefect}/runs  (flow runs; artifacts under {prefect}/artifacts)")
         console.print("Ctrl-C stops both")
@@ -103,9 +105,7 @@ def wait_until_healthy(
     end = time.monotonic() + START_SECONDS
     while not _answers(url, timeout=1.0):
         if any(process.poll() is not None for process in started):
-            raise ServerError(
-                f"{name} did not start (is the port taken?); its log is in {logs}"
-            )
+            raise ServerError(f"{name} did not start (is the port taken?); its log is in {logs}")
         if time.monotonic() > end:
             raise ServerError(f"{name} did not answer at {url} within {START_SECONDS:.0f} s")
         time.sleep(0.3)

@@ -114,7 +114,7 @@ def _bootstrap_training() -> TrainingSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything one model needs; `path` is the TOML file, whose folder relative paths start from."""
+    """Everything one model needs; relative paths start from the folder of the TOML file `path`."""
 
     path: Path
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -211,10 +211,14 @@ def export_to_environment(settings: Settings) -> None:
         home = (settings.root / settings.servers.prefect_home).resolve()
         os.environ["PREFECT_HOME"] = str(home)
     defaults = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # 7, the default, hangs 248 s when the server is away
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command says what happens
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # with 7, the default, a call hangs for 248 s
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # 20 is too short on a busy machine
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # 20 is often too short
         "DO_NOT_TRACK": "true",
         "GOMP_SPINCOUNT": "0",  # two busy processes starve each other otherwise
         "GIT_PYTHON_REFRESH": "quiet",
@@ -241,7 +245,9 @@ def _section(file: str, name: str, value: object) -> dict[str, Any]:
             f" allowed: {', '.join(SECTIONS)}"
         )
     if not isinstance(value, dict):
-        raise SettingsError(f"{file}: {name} must be a section: write [{name}] on a line of its own")
+        raise SettingsError(
+            f"{file}: {name} must be a section: write [{name}] on a line of its own"
+        )
     return dict(value)
 
 
@@ -267,7 +273,9 @@ def _build(file: str, name: str, values: Mapping[str, Any]) -> Any:
 def _variable(variable: str) -> tuple[str, str]:
     rest = variable.removeprefix(PREFIX).lower()
     section, _, key = rest.partition("_")
-    if section not in SECTIONS or key not in {f.name for f in dataclasses.fields(SECTIONS[section])}:
+    if section not in SECTIONS or key not in {
+        f.name for f in dataclasses.fields(SECTIONS[section])
+    }:
         allowed = [
             f"{PREFIX}{name}_{f.name}".upper()
             for name, section_type in SECTIONS.items()

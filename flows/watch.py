@@ -1,8 +1,8 @@
 """`sustain watch`: check every batch that has no finished check against the champion, and decide.
 
 Gather (`make_plan`), measure (`check`), decide (`monitoring.policy`), act. A run that finds nothing
-to do says so and leaves. Killed anywhere, the next run goes on: a check counts once its MLflow run is
-finished, and a decision to retrain stands until a version with its key is judged.
+to do says so and leaves. Killed anywhere, the next run goes on: a check counts once its MLflow run
+is finished, and a decision to retrain stands until a version with its key is judged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -21,12 +22,13 @@ import torch
 from prefect import flow, get_client, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from rich.progress import Progress
 
-from flows.feed import Batch, FeedError, list_batches, read_batch
+from flows.feed import Batch, BatchNotReady, TooManyBad, list_batches, read_batch
 from flows.fresh import FreshSet, Labels, fresh_set, gather_labels, retrain_key
 from flows.registry import CheckKey, CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import retrain
@@ -188,15 +190,13 @@ def check_all(
     network, reference = registry.network(champion), registry.reference(champion)
     learned = registry.learned(champion)
     used = frozenset(learned[learned["role"] != Role.HOLDOUT.value]["sample_id"])
-    checked = []
     with Progress(transient=True) as progress:
-        for batch in progress.track(plan.pending, description="checking"):
-            checked.append(
-                check.with_options(task_run_name=f"check {batch.id}")(
-                    registry, settings, champion, network, reference, batch, used, plan, now
-                )
+        return tuple(
+            check.with_options(task_run_name=f"check {batch.id}")(
+                registry, settings, champion, network, reference, batch, used, plan, now
             )
-    return tuple(checked)
+            for batch in progress.track(plan.pending, description="checking")
+        )
 
 
 @task(name="check", cache_policy=NO_CACHE)
@@ -220,7 +220,7 @@ def check(
     run_id = registry.begin_check(key, batch.stamp)
     try:
         read = read_batch(batch, settings.feed, settings.root, network.config.preprocessing)
-    except FeedError as error:
+    except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
         registry.log(run_id, tags={"sustain.action": "failed", "sustain.reason": str(error)})
         registry.end_run(run_id, failed=True)
         return _unmeasured(batch, champion, run_id, "failed", str(error))
@@ -353,8 +353,11 @@ def start_retraining(
     if not _deployed(deployment):
         return retrain(**parameters).words
     for attempt in range(1, 100):
-        run = run_deployment(
-            deployment, parameters=parameters, timeout=0, idempotency_key=f"{key}-{attempt}"
+        run = cast(
+            "FlowRun",  # typed as a coroutine too, for flows that are async
+            run_deployment(
+                deployment, parameters=parameters, timeout=0, idempotency_key=f"{key}-{attempt}"
+            ),
         )
         state = run.state
         # a run that crashed or was cancelled keeps its key: the next attempt has one of its own
@@ -379,7 +382,7 @@ def _standing(
     history: History,
     now: datetime,
 ) -> CheckRecord | None:
-    """Return the newest alarm whose decision would now be another one, or is yet to be carried out."""
+    """Return the newest alarm whose decision would now be another, or is yet to be carried out."""
     for record in reversed(finished):
         if not record.alarm:
             continue
@@ -402,9 +405,7 @@ def _decide(
     return decide(evidence, labels, history, now, settings.policy)
 
 
-def _history(
-    registry: Registry, settings: Settings, champion: Version, fresh: FreshSet
-) -> History:
+def _history(registry: Registry, settings: Settings, champion: Version, fresh: FreshSet) -> History:
     return History(
         last_promotion=_latest(champion.tags.get("promoted_at")),
         last_rollback=_latest(*(v.tags.get("rolled_back_at") for v in registry.versions())),
@@ -444,9 +445,7 @@ def _evidence(record: CheckRecord) -> Evidence:
     )
 
 
-def _record_decision(
-    registry: Registry, run_id: str, decision: Decision, fresh: FreshSet
-) -> None:
+def _record_decision(registry: Registry, run_id: str, decision: Decision, fresh: FreshSet) -> None:
     registry.log(
         run_id,
         tags={
@@ -499,7 +498,7 @@ def _write_files(
     estimate: Estimate,
     decision: Decision,
 ) -> None:
-    from monitoring.report import write_report  # noqa: PLC0415 - Evidently takes seconds to import
+    from monitoring.report import write_report  # Evidently takes seconds to import
 
     features.save(folder / "features.parquet")
     write_report(

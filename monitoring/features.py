@@ -258,7 +258,6 @@ def extract(
     pixels: Tensor,
     sizes: Sequence[tuple[int, int]],
     batch_size: int = 256,
-    *,
     on_progress: Callable[[int], None] | None = None,
 ) -> FeatureTable:
     """See every picture once.

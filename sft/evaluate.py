@@ -28,7 +28,7 @@ class Answers:
     @property
     def right(self) -> NDArray[np.bool_]:
         """Which samples were answered rightly, (n,)."""
-        return self.predicted == self.labels
+        return np.asarray(self.predicted == self.labels)
 
     @property
     def accuracy(self) -> float:

@@ -79,8 +79,9 @@ class Verdict:
         """One sentence: what decided."""
         failed = [c.words for c in self.criteria if not c.passed]
         if self.outcome is Outcome.INCONCLUSIVE:
-            return f"not enough evidence, about {self.missing} more labels are needed: " + "; ".join(
-                failed
+            return (
+                f"not enough evidence, about {self.missing} more labels are needed: "
+                + "; ".join(failed)
             )
         return "; ".join(failed or [c.words for c in self.criteria])
 
@@ -239,7 +240,7 @@ def _missing_labels(fresh: Pair, settings: GateSettings, tries: int) -> int:
     if gain > 0 and mcnemar(fresh.gained, fresh.lost) > settings.alpha / tries:
         discordance = (fresh.gained + fresh.lost) / n
         missing_holdout = max(missing_holdout, samples_for_power(gain, discordance) - n, 1)
-    from sft.dataset import HOLDOUT_SHARE  # noqa: PLC0415 - the one thing of it that is needed
+    from sft.dataset import HOLDOUT_SHARE
 
     return math.ceil(missing_holdout / HOLDOUT_SHARE)
 

@@ -244,7 +244,9 @@ def read_config(folder: Path) -> ModelConfig:
             std=tuple(float(value) for value in raw["std"]),
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{folder / CONFIG_FILE} is not the configuration of a model: {error}") from error
+        raise ModelError(
+            f"{folder / CONFIG_FILE} is not the configuration of a model: {error}"
+        ) from error
 
 
 def load(folder: Path, *, allowed_factories: Collection[str] = ()) -> Network:
@@ -294,7 +296,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def architectures() -> list[str]:
     """Name every architecture that can be built: the two built in, then torchvision's."""
-    from torchvision import models  # noqa: PLC0415 - takes a second, and not every use needs it
+    from torchvision import models
 
     return [*BUILT_IN, *models.list_models(module=models)]
 
@@ -318,11 +320,11 @@ def _body(
 
 
 def _torchvision_body(config: ModelConfig, outputs: int | None, weights: str | None) -> nn.Module:
-    from torchvision import models  # noqa: PLC0415 - takes a second, and not every use needs it
+    from torchvision import models
 
     name = config.architecture
     if name not in models.list_models(module=models):
-        import difflib  # noqa: PLC0415 - only for the message
+        import difflib
 
         near = difflib.get_close_matches(name, architectures(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -390,7 +392,7 @@ def _with_outputs(body: nn.Module, outputs: int, *, anew: bool = False) -> nn.Mo
     parent, _, attribute = name.rpartition(".")
     setattr(body.get_submodule(parent), attribute, fresh)
     if hasattr(body, "num_classes"):  # SqueezeNet and GoogLeNet keep the number
-        body.num_classes = outputs
+        setattr(body, "num_classes", outputs)  # noqa: B010 - torch types every attribute as a module
     return body
 
 
@@ -430,7 +432,7 @@ def _load_strictly(
 
 
 def _copy(network: Network) -> Network:
-    import copy  # noqa: PLC0415 - one use
+    import copy
 
     return copy.deepcopy(network)
 

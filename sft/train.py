@@ -98,8 +98,8 @@ def fine_tune(
         on_epoch: called after each epoch, for progress.
 
     Returns:
-        The weights of the epoch with the lowest validation loss (of the last one without validation)
-        and the history. The same seed on the same machine gives the same weights.
+        The weights of the epoch with the lowest validation loss (of the last one without
+        validation) and the history. The same seed on the same machine gives the same weights.
 
     Raises:
         TrainingError: no samples, a single class, or a loss that is not finite before any epoch has
@@ -112,7 +112,7 @@ def fine_tune(
         raise TrainingError("the labels are of one class only: nothing can be learned from them")
 
     network = copy.deepcopy(start)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    network.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(settings.seed)
     pull = L2SP(dict(network.named_parameters()), settings.l2_sp)
     weights = _loss_weights(network, fresh, memory, settings)
@@ -209,9 +209,7 @@ def _validated(
             accuracies.append((logits.argmax(1) == data.labels).float().mean().item())
     if not losses:
         return Epoch(number, train_loss, math.nan, math.nan)
-    return Epoch(
-        number, train_loss, sum(losses) / len(losses), sum(accuracies) / len(accuracies)
-    )
+    return Epoch(number, train_loss, sum(losses) / len(losses), sum(accuracies) / len(accuracies))
 
 
 def _snapshot(network: Network) -> dict[str, Tensor]:

