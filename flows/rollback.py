@@ -67,6 +67,6 @@ def _before(registry: Registry) -> Version:
     before = champion.tags.get("promoted_from") or champion.parent
     if before is None:
         raise RegistryError(
-            f"version {champion.number} is the first champion: there is none before it to go back to"
+            f"version {champion.number} is the first champion: there is none to go back to"
         )
     return registry.version(int(before))

@@ -414,7 +414,7 @@ def _history(registry: Registry, settings: Settings, champion: Version, fresh: F
 
 
 def _remade(registry: Registry, key: str) -> str | None:
-    """Say what became of the version that these labels made already; None when it may still come."""
+    """Say what became of the version that these labels made; None when it may still come."""
     version = registry.find_version(key)
     if version is None or version.verdict is None:
         return None
@@ -519,12 +519,13 @@ def _show_in_prefect(registry: Registry, checked: Checked) -> None:
         key=f"check-{_slug(registry.name)}",
         description=f"{checked.batch_id}: {checked.action}",
         markdown=(
-            f"## {checked.action}: batch `{checked.batch_id}` against version {checked.champion}\n\n"
+            f"## {checked.action}: `{checked.batch_id}` against version {checked.champion}\n\n"
             f"{checked.reason}\n\n"
             "| | |\n|---|---|\n"
             f"| samples | {checked.samples} ({checked.quarantined} quarantined) |\n"
             f"| p-value | {checked.p_value:.3g} |\n"
-            f"| accuracy, estimated | {checked.estimated:.3f} (reference {checked.reference:.3f}) |\n"
+            f"| accuracy, estimated | {checked.estimated:.3f} |\n"
+            f"| accuracy, reference | {checked.reference:.3f} |\n"
             f"| nearest regime | {checked.regime} |\n\n"
             f"[Drift report]({report}) · [check in MLflow]({run}) ·"
             f" [version {checked.champion}]({registry.version_url(checked.champion)})\n"

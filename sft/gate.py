@@ -24,10 +24,10 @@ class GateSettings:
     """When a challenger may be promoted.
 
     Attributes:
-        alpha: chance of promoting one that is no better on fresh data, over all the challengers that
-            the same hold-out judges.
-        min_fresh: fewest fresh hold-out samples for a verdict: with 100, a gain of 20 points is seen
-            in more than nine of ten cases.
+        alpha: chance of promoting one that is no better on fresh data, over all the challengers
+            that the same hold-out judges.
+        min_fresh: fewest fresh hold-out samples for a verdict: with 100, a gain of 20 points is
+            seen in more than nine of ten cases.
         max_drop: largest fall of accuracy on the old hold-out.
         max_drop_bound: largest fall that the 95 % lower bound may allow; 2 points as a bound would
             need over 900 samples.

@@ -1,0 +1,44 @@
+# Every target makes the virtual environment itself when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export GOMP_SPINCOUNT := 0
+export DO_NOT_TRACK := true
+
+.PHONY: demo test test-fast lint format bench bench-cli clean
+
+demo: $(INSTALLED)  ## the whole loop on real digits
+	$(BIN)/sustain demo
+
+test: $(INSTALLED)  ## all tests, with real Prefect and MLflow servers
+	$(BIN)/pytest
+
+test-fast: $(INSTALLED)  ## unit tests and contracts only
+	$(BIN)/pytest tests/unit tests/contracts
+
+lint: $(INSTALLED)  ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: bench-cli  ## all benchmarks; each writes tests/bench/results/NAME.{json,md}
+
+bench-cli: $(INSTALLED)
+	$(BIN)/python tests/bench/cli.py
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[test]' --constraint constraints.txt
+	@touch $@
