@@ -15,7 +15,9 @@ import torch
 from prefect import flow
 from rich.progress import Progress
 
-from flows.feed import describe_batch, read_batch, read_label_file
+from flows.batches import read_batch
+from flows.feed import describe_batch
+from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
 from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
@@ -70,6 +72,7 @@ def bootstrap(
     """
     settings = load_settings(Path(settings_path))
     registry = Registry(settings)
+    registry.observe_moves(datetime.now(UTC))
     if adopt is not None and not Path(adopt).is_file():
         raise BootstrapError(f"there are no weights to adopt at {adopt}")
     pictures, classes, notes = _labelled_pictures(settings, data, labels)
@@ -83,6 +86,8 @@ def bootstrap(
         )
     if existing is None:
         existing = _make(settings, registry, pictures, classes, key, adopt)
+    else:
+        registry.finish_training(existing)
     if "verdict" not in existing.tags:
         registry.tag(
             existing, verdict_reason="the first version: nothing to compare with", verdict="first"
@@ -155,8 +160,7 @@ def _make(
             " to hold out (at least 20, better ten times a batch): give more"
         )
     config = _config(settings, train, classes)
-    run_id = registry.begin_run(
-        "training",
+    run_id = registry.begin_training(
         f"bootstrap {settings.model.architecture}",
         {"sustain.retrain_key": key, "sustain.cause": "bootstrap"},
     )

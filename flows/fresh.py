@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from flows.feed import Batch, read_labels, read_own_labels
+from flows.batches import read_own_labels
+from flows.feed import Batch
+from flows.labels import read_labels
 from flows.settings import Settings
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from prefect import flow
 
-from flows.registry import CHALLENGER, Registry, RegistryError, Version
+from flows.registry import CHALLENGER, CHAMPION, Registry, RegistryError, Version
 from flows.settings import Settings, load_settings
 from sft.dataset import LabelledPictures, Role, join
 from sft.evaluate import Answers, answer
@@ -63,6 +63,7 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
     candidate = registry.version(number)
     champion = registry.champion()
     if candidate.number == champion.number:
+        registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")
     if candidate.verdict is None or candidate.verdict_against != champion.number:
         # never judged, or the champion moved since: a verdict holds only against one champion
@@ -76,6 +77,8 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
     if why is None and outcome != Outcome.PROMOTE.value:
         return Promoted(number, champion.number, False, outcome, reason)
     registry.network(candidate)  # it must load before anything moves
+    if registry.alias(CHAMPION) != champion.number:  # moved while the two were judged: judge again
+        return promote(settings_path, version=number, why=why)
     registry.move_champion(
         candidate, by="a person" if why else "the gate", why=why or reason, now=now
     )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -145,15 +147,18 @@ class Registry:
         """Fetch one file of a version: an ancestor's weights are not needed to know its labels."""
         if version.run_id in self._fetched:
             return self._fetched[version.run_id] / package.LEARNED
-        path = Path(self._folder.name) / f"learned-{version.run_id}" / package.LEARNED
+        path = self._folder / f"learned-{version.run_id}" / package.LEARNED
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             self.client.download_artifacts(version.run_id, package.LEARNED, str(path.parent))
         return path
 
     @cached_property
-    def _folder(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix="sustain-")
+    def _folder(self) -> Path:
+        """A folder for downloads that goes when the registry does."""
+        folder = Path(tempfile.mkdtemp(prefix="sustain-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     # ---- versions
 
@@ -227,7 +232,7 @@ class Registry:
         """
         if version.run_id in self._fetched:
             return self._fetched[version.run_id]
-        target = Path(self._folder.name) / version.run_id
+        target = self._folder / version.run_id
         target.mkdir(parents=True, exist_ok=True)
         try:
             for part in PARTS:
@@ -325,6 +330,11 @@ class Registry:
         """Point an alias, other than the champion's, at a version."""
         self.client.set_registered_model_alias(self.name, alias, str(version.number))
 
+    def end_challenge(self, version: Version) -> None:
+        """Take the alias `challenger` from a version that is champion."""
+        if self.alias(CHALLENGER) == version.number:
+            self.client.delete_registered_model_alias(self.name, CHALLENGER)
+
     # ---- the champion's moves
 
     def move_champion(self, after: Version, *, by: str, why: str, now: datetime) -> Move:
@@ -334,7 +344,7 @@ class Registry:
         """
         seen = self._model_tags().get("sustain.champion_seen")
         before = self.alias(CHAMPION) or (int(seen) if seen else None)
-        move = Move(before, after.number, by, why, now.isoformat(timespec="seconds"))
+        move = Move(before, after.number, by, why, now.isoformat(timespec="microseconds"))
         announced = json.dumps(move.__dict__)
         self.client.set_registered_model_tag(self.name, "sustain.champion_moving", announced)
         self.client.set_registered_model_alias(self.name, CHAMPION, str(after.number))
@@ -364,7 +374,7 @@ class Registry:
                 current,
                 by="a person",
                 why=f"the alias {CHAMPION!r} was moved by hand",
-                at=now.isoformat(timespec="seconds"),
+                at=now.isoformat(timespec="microseconds"),
             )
             self._complete(by_hand)
             return by_hand
@@ -393,8 +403,7 @@ class Registry:
                     self.tag(lost, reason=move.why, rolled_back_at=move.at)
         if move.before != move.after or "promoted_at" not in after.tags:
             self.tag(after, promoted_by=move.by, promoted_why=move.why, promoted_at=move.at)
-        if self.alias(CHALLENGER) == move.after:
-            self.client.delete_registered_model_alias(self.name, CHALLENGER)
+        self.end_challenge(after)
         self.client.set_registered_model_tag(self.name, "sustain.champion_seen", str(move.after))
         self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
 
@@ -419,36 +428,30 @@ class Registry:
             "sustain.batch_digest": key.digest,
             "sustain.batch_stamp": stamp,
         }
-        name = f"check {key.batch_id} v{key.champion}"
         identity = {k: v for k, v in tags.items() if k != "sustain.batch_stamp"}
-        return self.begin_run("check", name, identity, tags)
+        for run in self._open_runs("check"):
+            if all(run.data.tags.get(k) == v for k, v in identity.items()):
+                return str(run.info.run_id)
+        return self._begin_run("check", f"check {key.batch_id} v{key.champion}", tags)
 
-    def begin_run(
-        self,
-        kind: str,
-        name: str,
-        identity: Mapping[str, str],
-        tags: Mapping[str, str] | None = None,
-    ) -> str:
-        """Open a run, or take up the one with the same identity that was interrupted.
+    def begin_training(self, name: str, tags: Mapping[str, str]) -> str:
+        """Open a training run; return its id. What killed trainings left open is closed as killed.
+
+        A training never takes up another's run, as a check does: two trainings at once would write
+        over the files that the other's version is known by.
 
         Args:
-            kind: check, training or bootstrap.
             name: shown in MLflow.
-            identity: tags that make it the same run.
-            tags: all tags to write; `identity` by default.
+            tags: of the run.
         """
-        for run in self._runs(kind, {}):
-            if run.info.status == "RUNNING" and all(
-                run.data.tags.get(k) == v for k, v in identity.items()
-            ):
-                return str(run.info.run_id)
-        run = self.client.create_run(
-            self.experiment_id,
-            run_name=name,
-            tags={"sustain.kind": kind, "sustain.model": self.name, **(tags or identity)},
-        )
-        return str(run.info.run_id)
+        for left in self._open_runs("training"):  # one that is still alive ends by itself
+            self.client.set_terminated(left.info.run_id, status="KILLED")
+        return self._begin_run("training", name, tags)
+
+    def finish_training(self, version: Version) -> None:
+        """Close the run of a version whose maker was killed right after registering it."""
+        if self.client.get_run(version.run_id).info.status != "FINISHED":
+            self.end_run(version.run_id)
 
     def log(
         self,
@@ -482,7 +485,7 @@ class Registry:
 
     def features(self, check: CheckRecord) -> FeatureTable:
         """Load the feature table that a check kept."""
-        path = self.client.download_artifacts(check.run_id, "features.parquet", self._folder.name)
+        path = self.client.download_artifacts(check.run_id, "features.parquet", str(self._folder))
         try:
             return FeatureTable.load(Path(path))
         finally:
@@ -533,6 +536,17 @@ class Registry:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return {}
             raise
+
+    def _begin_run(self, kind: str, name: str, tags: Mapping[str, str]) -> str:
+        run = self.client.create_run(
+            self.experiment_id,
+            run_name=name,
+            tags={"sustain.kind": kind, "sustain.model": self.name, **tags},
+        )
+        return str(run.info.run_id)
+
+    def _open_runs(self, kind: str) -> list[Run]:
+        return [run for run in self._runs(kind, {}) if run.info.status == "RUNNING"]
 
     def _runs(self, kind: str, tags: Mapping[str, str]) -> Iterator[Run]:
         wanted = {"sustain.kind": kind, **tags}

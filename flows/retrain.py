@@ -14,12 +14,14 @@ import torch
 from prefect import flow
 from rich.progress import Progress
 
-from flows.feed import Batch, FeedError, list_batches, read_batch
+from flows.batches import read_batch
+from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, retrain_key
 from flows.package import Lineage, Package, build_reference
 from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings
+from flows.storage import FeedError
 from sft.dataset import LabelledPictures, Role, join, role_of
 from sft.memory import Memory, remember
 from sft.models import Network, widen
@@ -75,6 +77,8 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     if version is None:
         require_enough(fresh, settings)
         version = make_challenger(registry, settings, champion, batches, fresh, key, cause)
+    else:
+        registry.finish_training(version)
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
     result = promote(settings_path, version=version.number)
@@ -117,8 +121,7 @@ def make_challenger(
         classes = network.config.classes
     memory = registry.memory(champion)
     labelled, unlabelled = read_window(registry, settings, champion, batches, fresh, network)
-    run_id = registry.begin_run(
-        "training",
+    run_id = registry.begin_training(
         f"retrain v{champion.number}",
         {
             "sustain.retrain_key": key,

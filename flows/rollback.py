@@ -13,6 +13,9 @@ from flows.registry import Registry, RegistryError, Version
 from flows.settings import load_settings
 
 
+BY = "rollback"
+
+
 @dataclass(frozen=True)
 class RolledBack:
     """A change of champion: from which version to which."""
@@ -46,7 +49,10 @@ def rollback(settings_path: str, to: int | None = None, why: str = "no reason gi
     settings = load_settings(Path(settings_path))
     registry = Registry(settings)
     now = datetime.now(UTC)
-    registry.observe_moves(now)
+    move = registry.observe_moves(now)
+    if to is None and move is not None and move.by == BY:
+        # this command was killed after the alias had moved: one more step back would be too far
+        return RolledBack(move.before, move.after, move.why)
     target = registry.version(to) if to is not None else _before(registry)
     if target.verdict is None:
         raise RegistryError(
@@ -58,7 +64,7 @@ def rollback(settings_path: str, to: int | None = None, why: str = "no reason gi
     network.embed(torch.zeros(2, channels, size, size, dtype=torch.uint8))
     if registry.alias("champion") == target.number:
         return RolledBack(None, target.number, "it was champion already")
-    move = registry.move_champion(target, by="rollback", why=why, now=now)
+    move = registry.move_champion(target, by=BY, why=why, now=now)
     return RolledBack(move.before, move.after, why)
 
 

@@ -28,8 +28,10 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from rich.progress import Progress
 
-from flows.feed import Batch, BatchNotReady, TooManyBad, list_batches, read_batch
+from flows.batches import read_batch
+from flows.feed import Batch, BatchNotReady, list_batches
 from flows.fresh import FreshSet, Labels, fresh_set, gather_labels, retrain_key
+from flows.intake import TooManyBad
 from flows.registry import CheckKey, CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import retrain
 from flows.settings import Settings, load_settings
@@ -251,6 +253,8 @@ def check(
         alpha=detection.alpha,
         estimated=estimate.value,
         reference=estimate.reference,
+        novelty=estimate.novelty,
+        believable=estimate.believable,
     )
     decision = _decide(settings, evidence, plan.fresh, plan.history, now)
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
@@ -382,19 +386,19 @@ def _standing(
     history: History,
     now: datetime,
 ) -> CheckRecord | None:
-    """Return the newest alarm whose decision would now be another, or is yet to be carried out."""
-    for record in reversed(finished):
-        if not record.alarm:
-            continue
-        decision = _decide(settings, _evidence(record), fresh, history, now)
-        if decision.action is Action.WATCH and record.action == Action.WATCH.value:
-            continue  # changed, but no harm: an older alarm may stand
-        again = (
-            decision.action is Action.RETRAIN
-            or decision.action.value != record.action
-            or record.tags.get("sustain.fresh") != fresh.digest[:16]
-        )
-        return record if again else None
+    """Return the newest alarm that calls for a retraining, else the newest to be decided anew.
+
+    Of those that ask for labels only the newest is told anew when labels come.
+    """
+    alarms = [record for record in reversed(finished) if record.alarm]
+    decisions = [_decide(settings, _evidence(record), fresh, history, now) for record in alarms]
+    for record, decision in zip(alarms, decisions, strict=True):
+        if decision.action is Action.RETRAIN:
+            return record
+    for record, decision in zip(alarms, decisions, strict=True):
+        if decision.action is not Action.WATCH or record.action != Action.WATCH.value:
+            stale = record.tags.get("sustain.fresh") != fresh.digest[:16]
+            return record if stale or decision.action.value != record.action else None
     return None
 
 
@@ -442,6 +446,8 @@ def _evidence(record: CheckRecord) -> Evidence:
         settled=metrics.get("accuracy.settled"),
         settled_n=int(metrics.get("accuracy.settled_n", 0)),
         settled_high=metrics.get("accuracy.settled_high"),
+        novelty=metrics["accuracy.novelty"],
+        believable=metrics["accuracy.believable"] > 0,
     )
 
 
@@ -483,6 +489,7 @@ def _metrics(
         "accuracy.estimated_high": float(estimate.high),
         "accuracy.reference": float(estimate.reference),
         "accuracy.novelty": float(estimate.novelty),
+        "accuracy.believable": float(estimate.believable),
         "batch.samples": float(samples),
         "batch.quarantined": float(quarantined),
     }

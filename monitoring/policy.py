@@ -43,6 +43,8 @@ class Evidence:
         settled: accuracy on the batch's labelled samples, if there are any.
         settled_n: how many those are.
         settled_high: upper end of the 95 % interval of `settled`.
+        novelty: share of samples unlike any that the reference knows.
+        believable: False when so many are novel that the estimate says little; labels decide then.
 
     """
 
@@ -55,6 +57,8 @@ class Evidence:
     settled: float | None = None
     settled_n: int = 0
     settled_high: float | None = None
+    novelty: float = 0.0
+    believable: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def decide(
 ) -> Decision:
     """Turn what was measured into one action.
 
-    No alarm: none. An alarm without damage: watch. With damage: retrain, unless labels are missing,
+    No alarm: none. An alarm without damage: watch, or ask for labels when the estimate cannot be
+    believed and no label tells. With damage: retrain, unless labels are missing,
     these labels were tried already, or the last change is too young.
 
     Raises:
@@ -125,6 +130,13 @@ def decide(
         )
     changed = f"The batch changed (p {_p(evidence.p_value)}, alpha {evidence.alpha:g})"
     damage = _damage(evidence, settings)
+    if damage is None and not evidence.believable and evidence.settled is None:
+        return Decision(
+            Action.ASK_FOR_LABELS,
+            f"{changed}, and only labels can tell whether it hurts: {evidence.novelty:.0%} of it "
+            f"is unlike anything known, so the estimated accuracy of {evidence.estimated:.3f} is "
+            "not to be believed.",
+        )
     if damage is None:
         return Decision(
             Action.WATCH,

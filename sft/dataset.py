@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -102,8 +103,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
 
-    Yields uint8 pictures (b, C, H, W) and labels (b,). Old samples are drawn uniformly, without
-    repetition while they last.
+    Yields uint8 pictures (b, C, H, W) and labels (b,). The old samples of a batch are drawn
+    uniformly, and repeated only when the memory holds fewer than the share asks for.
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
@@ -112,7 +113,8 @@ def batches(
         pixels, labels = fresh.pixels[chosen], fresh.labels[chosen]
         if memory is not None and old_count:
             share = max(1, round(old_count * len(chosen) / fresh_count))
-            old = torch.randperm(len(memory), generator=generator)[:share]
+            old = torch.randperm(len(memory), generator=generator)
+            old = old.repeat(math.ceil(share / len(old)))[:share]
             pixels = torch.cat([pixels, memory.pixels[old]])
             labels = torch.cat([labels, memory.labels[old]])
         yield pixels, labels

@@ -60,7 +60,7 @@ class Memory:
         *,
         learned: Collection[str] = (),
     ) -> LabelledPictures:
-        """Decode what stands for a regime: its samples that no version learned from; label -1: none.
+        """Decode what stands for a regime: samples that no version learned from; label -1: none.
 
         Args:
             regime: its name.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -185,12 +186,13 @@ def build(
             return Network(config, _with_outputs(body, len(config.classes)))
         if isinstance(weights, str) and not _looks_like_path(weights):
             body = _body(config, None, weights, allowed_factories)
-            return Network(config, _with_outputs(body, len(config.classes), anew=True))
-        state = read_state_dict(Path(weights))
-        outputs = _head_rows(config, state, allowed_factories)
-        body = _with_outputs(_body(config, outputs, None, allowed_factories), outputs)
-        _load_strictly(body, state, f"weights {weights}", config.architecture)
+        else:
+            state = read_state_dict(Path(weights))
+            outputs = _head_rows(config, state, allowed_factories)
+            body = _with_outputs(_body(config, outputs, None, allowed_factories), outputs)
+            _load_strictly(body, state, f"weights {weights}", config.architecture)
         if keep_head:
+            outputs = _outputs(_head(body)[1])
             if outputs != len(config.classes):
                 raise ModelError(
                     f"weights {weights} have a head of {outputs} outputs, but {len(config.classes)}"
@@ -219,13 +221,17 @@ def widen(network: Network, classes: Sequence[str], *, seed: int = 0) -> Network
         after.weight[: len(old)] = before.weight
         if before.bias is not None and after.bias is not None:
             after.bias[: len(old)] = before.bias
-    return Network(config, body)
+    return Network(config, body).train(network.training)
 
 
 def save(network: Network, folder: Path) -> None:
     """Write `model.safetensors` and `config.json`, which holds the digest of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.contiguous() for name, value in network.body.state_dict().items()}
+    # a clone each, because safetensors refuses weights that two layers share
+    state = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in network.body.state_dict().items()
+    }
     save_file(state, folder / WEIGHTS_FILE)
     config = asdict(network.config)
     config["weights_sha256"] = _sha256(folder / WEIGHTS_FILE)
@@ -243,7 +249,7 @@ def read_config(folder: Path) -> ModelConfig:
             mean=tuple(float(value) for value in raw["mean"]),
             std=tuple(float(value) for value in raw["std"]),
         )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, or refused
         raise ModelError(
             f"{folder / CONFIG_FILE} is not the configuration of a model: {error}"
         ) from error
@@ -269,8 +275,13 @@ def load(folder: Path, *, allowed_factories: Collection[str] = ()) -> Network:
         )
     body = _body(config, len(config.classes), None, allowed_factories)
     body = _with_outputs(body, len(config.classes))
-    _load_strictly(body, load_safetensors(encoded), WEIGHTS_FILE, config.architecture)
-    return Network(config, body).eval()
+    try:
+        state = load_safetensors(encoded)
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} is not in safetensors' form: {error}") from error
+    _load_strictly(body, state, WEIGHTS_FILE, config.architecture)
+    # as fine_tune leaves it: another order of the weights in memory rounds differently
+    return Network(config, body).to(memory_format=torch.channels_last).eval()
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -291,7 +302,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(f"{path} does not hold a state dict of tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    if all(name.startswith("module.") for name in state):  # saved from a DataParallel
+        return {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
 
 
 def architectures() -> list[str]:
@@ -334,13 +347,34 @@ def _torchvision_body(config: ModelConfig, outputs: int | None, weights: str | N
         )
     if config.preprocessing.channels != 3:  # noqa: PLR2004 - RGB
         raise ModelError(f"{name} takes pictures of 3 channels: set channels = 3")
+    size = config.preprocessing.image_size
+    # these are built for pictures of one size, and 224 unless told
+    sized: dict[str, int | tuple[int, int]] = (
+        {"image_size": size}
+        if name.startswith("vit_")
+        else {"input_size": (size, size)}
+        if name.startswith("maxvit")
+        else {}
+    )
+    if weights is not None:
+        known = models.get_model_weights(name).__members__
+        if weights not in known:
+            raise ModelError(
+                f"{name} has no weights called {weights!r}: torchvision has {', '.join(known)}"
+            )
     try:
         if weights is not None:
-            body = models.get_model(name, weights=weights)
+            body = models.get_model(name, weights=weights, **sized)
         else:
-            body = models.get_model(name, weights=None, num_classes=outputs)
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{name} has no weights called {weights!r}: {error}") from error
+            body = models.get_model(name, weights=None, num_classes=outputs, **sized)
+    except (ValueError, AssertionError) as error:
+        raise ModelError(
+            f"{name} cannot be built for pictures of {size} pixels: {error}"
+        ) from error
+    # torchvision sets this only when it fetches the weights itself, and a state dict does not hold
+    # it: left alone, the network would answer otherwise once it was saved and loaded
+    if hasattr(body, "transform_input"):
+        body.transform_input = True
     for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's training heads
         if getattr(body, auxiliary, None) is not None:
             setattr(body, auxiliary, None)
@@ -377,11 +411,14 @@ def _head(body: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     return layers[-1]
 
 
+def _outputs(head: nn.Linear | nn.Conv2d) -> int:
+    return head.out_features if isinstance(head, nn.Linear) else head.out_channels
+
+
 def _with_outputs(body: nn.Module, outputs: int, *, anew: bool = False) -> nn.Module:
     """Give the body a head with that many outputs; `anew` replaces one that already fits."""
     name, head = _head(body)
-    have = head.out_features if isinstance(head, nn.Linear) else head.out_channels
-    if have == outputs and not anew:
+    if _outputs(head) == outputs and not anew:
         return body
     fresh: nn.Linear | nn.Conv2d
     if isinstance(head, nn.Linear):
@@ -412,7 +449,12 @@ def _head_rows(
 def _load_strictly(
     body: nn.Module, state: Mapping[str, Tensor], what: str, architecture: str
 ) -> None:
-    own = body.state_dict()
+    # files from before torch 0.4.1, torchvision's own among them, lack batch norm's step counters
+    own = {
+        name: value
+        for name, value in body.state_dict().items()
+        if name in state or not name.endswith(".num_batches_tracked")
+    }
     wrong = [f"missing {name}" for name in own if name not in state]
     # the weights of a torchvision file may hold the auxiliary heads that were taken off
     wrong += [
@@ -428,7 +470,9 @@ def _load_strictly(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""  # noqa: PLR2004 - a few
         raise ModelError(f"{what} do not fit {architecture}: {'; '.join(wrong[:3])}{more}")
-    body.load_state_dict({name: state[name] for name in own}, strict=True)
+    full = body.state_dict()  # with versions of its layers, which MNASNet insists on
+    full.update({name: state[name] for name in own})
+    body.load_state_dict(full, strict=True)
 
 
 def _copy(network: Network) -> Network:

@@ -30,7 +30,7 @@ def class_weights(labels: Tensor, classes: int, *, most: float = 10.0) -> Tensor
 
 
 class L2SP:
-    """λ/2 · ‖w − w₀‖²: keep the weights near those of the champion (Li et al. 2018, L2-SP).
+    """λ/2 · ‖w - w₀‖²: keep the weights near those of the champion (Li et al. 2018, L2-SP).
 
     A head that was widened is held only in the rows that the champion had.
     """
@@ -47,5 +47,6 @@ class L2SP:
         for name, weight in network.named_parameters():
             if weight.requires_grad and name in self.start:
                 before = self.start[name]
-                total = total + (weight[: len(before)] - before).square().sum()
+                kept = weight if weight.shape == before.shape else weight[: len(before)]
+                total = total + (kept - before).square().sum()
         return 0.5 * self.strength * total

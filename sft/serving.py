@@ -89,8 +89,8 @@ class Classifier:
 def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) -> Classifier:
     """Load for `mlflow.pyfunc.load_model`.
 
-    A model on a factory of the user's own needs `model_config={"architecture": "package.module:f"}`:
-    the caller allows it, never the model's files.
+    A model on a factory of the user's own needs
+    `model_config={"architecture": "package.module:f"}`: the caller allows it, never the files.
     """
     allowed = (model_config or {}).get("architecture")
     network = models.load(Path(data_path), allowed_factories=[allowed] if allowed else [])
@@ -108,10 +108,12 @@ def _as_bytes(item: str | bytes, place: int) -> bytes:
 
 def _as_pictures(array: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     if array.dtype != np.uint8:
-        if not (np.equal(array, np.floor(array)).all() and array.min() >= 0 and array.max() <= 255):  # noqa: PLR2004 - a byte
+        # whole numbers come from JSON; a float of 1.0 may mean white or nearly black
+        whole = array.dtype.kind in "iu"
+        if not whole or (array.size and (array.min() < 0 or array.max() > 255)):  # noqa: PLR2004 - a byte
             raise ValueError(f"an array of pictures must be uint8 (0 to 255), got {array.dtype}")
         array = array.astype(np.uint8)
-    if array.ndim not in (3, 4):
+    if array.ndim != 3 and (array.ndim != 4 or array.shape[3] not in (1, 3, 4)):  # noqa: PLR2004
         raise ValueError(f"an array of pictures is (n, H, W) or (n, H, W, C), got {array.shape}")
     return list(array)
 

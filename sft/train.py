@@ -59,7 +59,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the fresh samples: mean training loss, and validation (NaN when there is none)."""
+    """One pass over the fresh samples: mean training loss, and validation (NaN without any)."""
 
     number: int
     train_loss: float
@@ -105,12 +105,9 @@ def fine_tune(
         TrainingError: no samples, a single class, or a loss that is not finite before any epoch has
             ended (later, training stops and the best weights are kept).
     """
-    kinds = set(fresh.labels.tolist()) | (set(memory.labels.tolist()) if memory else set())
-    if not len(fresh):
-        raise TrainingError("there is no fresh sample to train on")
-    if len(kinds) < 2:  # noqa: PLR2004 - one class leaves nothing to learn
-        raise TrainingError("the labels are of one class only: nothing can be learned from them")
-
+    if memory is not None and not (len(memory) and settings.rehearsal):
+        memory = None
+    _check_labels(fresh, memory)
     network = copy.deepcopy(start)
     network.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -119,12 +116,12 @@ def fine_tune(
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    steps = settings.epochs * math.ceil(
-        len(fresh) / max(1, settings.batch_size - round(settings.batch_size * settings.rehearsal))
-    )
+    old_count = round(settings.batch_size * settings.rehearsal) if memory is not None else 0
+    steps = settings.epochs * math.ceil(len(fresh) / max(1, settings.batch_size - old_count))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     best = _snapshot(network)
     best_loss, best_epoch, stopped = math.inf, 0, "all epochs done"
+    validated = any(len(data) for data in validation)
     history: list[Epoch] = []
 
     with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
@@ -143,11 +140,11 @@ def fine_tune(
                 loss = functional.cross_entropy(logits, labels, weights)
                 if settings.l2_sp:
                     loss = loss + pull(network)
-                if not torch.isfinite(loss):
-                    break
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+                norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+                if not torch.isfinite(loss + norm):  # a step would spoil the weights
+                    break
                 optimiser.step()
                 schedule.step()
                 losses.append(loss.item())
@@ -156,21 +153,29 @@ def fine_tune(
                 history.append(epoch)
                 if on_epoch is not None:
                     on_epoch(epoch)
-                if math.isnan(epoch.validation_loss) or epoch.validation_loss < best_loss:
+                if not validated or epoch.validation_loss < best_loss:
                     best, best_loss, best_epoch = _snapshot(network), epoch.validation_loss, number
                 elif number - best_epoch >= settings.patience:
                     stopped = f"no better validation loss for {settings.patience} epochs"
                     break
                 continue
             stopped = (
-                f"the loss was not finite at step {len(losses) + 1} of epoch {number}:"
-                f" lower learning_rate ({settings.learning_rate:g})"
+                f"the loss or its gradient was not finite at step {len(losses) + 1}"
+                f" of epoch {number}: lower learning_rate ({settings.learning_rate:g})"
             )
             if not history:
                 raise TrainingError(stopped)
             break
     network.load_state_dict(best)
     return FineTuned(network.eval(), tuple(history), best_epoch, stopped)
+
+
+def _check_labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> None:
+    if not len(fresh):
+        raise TrainingError("there is no fresh sample to train on")
+    kinds = set(fresh.labels.tolist()) | set(memory.labels.tolist() if memory is not None else [])
+    if len(kinds) < 2:  # noqa: PLR2004 - one class leaves nothing to learn
+        raise TrainingError("the labels are of one class only: nothing can be learned from them")
 
 
 def _loss_weights(
@@ -181,9 +186,7 @@ def _loss_weights(
 ) -> Tensor | None:
     if not settings.class_weights:
         return None
-    labels = fresh.labels
-    if memory is not None and settings.rehearsal:
-        labels = torch.cat([labels, memory.labels])
+    labels = fresh.labels if memory is None else torch.cat([fresh.labels, memory.labels])
     return class_weights(labels, len(network.config.classes))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ architecture = "small_cnn"
 channels = 1
 
 [bootstrap]
-epochs = 12
+epochs = 40
 
 [training]
-epochs = 12
+epochs = 40
 
 [policy]
 min_labels = 30
@@ -85,7 +84,13 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     It has a PREFECT_HOME of its own. Processes that a test starts need PREFECT_API_URL set to this.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+    from prefect.events.worker import EventsWorker
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_HOME,
+        PREFECT_LOGGING_TO_API_ENABLED,
+        temporary_settings,
+    )
 
     from flows.servers import start_prefect, stop, wait_until_healthy
 
@@ -96,8 +101,12 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         wait_until_healthy(f"http://127.0.0.1:{port}/api/health", "Prefect", started, home)
         url = f"http://127.0.0.1:{port}/api"
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: home}):
+        with temporary_settings(
+            # logs and events that are still on their way when the server stops take minutes to die
+            {PREFECT_API_URL: url, PREFECT_HOME: home, PREFECT_LOGGING_TO_API_ENABLED: False}
+        ):
             yield url
+            EventsWorker.drain_all()
     finally:
         stop(started)
 

@@ -52,6 +52,16 @@ def ago(hours: float) -> datetime:
             replace(HURT, estimated=0.851), LABELS, NOTHING, "watch", [], id="just-under-min-drop"
         ),
         pytest.param(
+            replace(SHIFTED, novelty=0.62, believable=False), LABELS, NOTHING, "ask_for_labels",
+            ["only labels can tell", "62%", "0.880"], id="not-to-be-believed",
+        ),
+        pytest.param(
+            replace(
+                SHIFTED, novelty=0.6, believable=False, settled=0.89, settled_n=80, settled_high=0.95
+            ),
+            LABELS, NOTHING, "watch", ["0.890 on 80 labels"], id="labels-told",
+        ),
+        pytest.param(
             replace(SHIFTED, settled=0.8, settled_n=300, settled_high=0.845), LABELS, NOTHING,
             "retrain", ["300 labels", "0.800", "0.845"], id="labels-show-it",
         ),

@@ -1,0 +1,349 @@
+"""What is in a batch: pictures in class folders or beside Hugging Face metadata, Parquet shards."""
+
+import posixpath
+import re
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from flows.feed import Batch, BatchNotReady, FeedSettings, check_ready, describe
+from flows.intake import BatchData, Intake, Sample
+from flows.storage import (
+    LEAVES,
+    Entry,
+    FeedError,
+    Place,
+    Refused,
+    is_linked_folder,
+    open_file,
+    open_place,
+    read_file,
+    read_files,
+    unusable,
+    visible,
+    walk,
+)
+from flows.tables import Table, is_missing, label_text, no_column, parse_table
+from flows.words import count, first_few, first_line, tell_rows
+from sft.pictures import Preprocessing
+
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# So much of a shard is unpacked at once, and a row group that has to be larger is not unpacked.
+_SHARD_ROWS = 64
+_SHARD_BYTES = 256 * 2**20
+
+
+def read_batch(
+    batch: Batch,
+    settings: FeedSettings,
+    root: Path,
+    preprocessing: Preprocessing,
+    only: AbstractSet[str] | None = None,
+) -> BatchData:
+    """Read and decode a batch; a bad sample is quarantined, and the rest goes on.
+
+    A batch may mix pictures (a first sub-folder is their class, unless there is a metadata file)
+    and Parquet shards. Its folder is compared before and after: with what was listed, and with
+    itself.
+
+    Args:
+        batch: from `list_batches`.
+        settings: the same that it was listed with.
+        root: the folder that relative paths in the settings start at.
+        preprocessing: what the network wants to see.
+        only: sample ids to read; others are neither read nor judged, and neither `max_bad_share`
+            nor `min_samples` applies.
+
+    Raises:
+        BatchNotReady: empty, half-written, gone, or changed since it was listed or while it was
+            read.
+        TooManyBad: more than `max_bad_share` of it is unreadable.
+        FeedError: the storage failed.
+    """
+    place = open_place(batch.url, settings.storage_options, root)
+    entries = walk(place)
+    current = check_ready(batch, settings, root, place, entries)
+    intake = Intake(current, settings, preprocessing, only)
+    _read_contents(place, visible(entries), settings, intake)
+    if describe(place, batch.id, walk(place)).stamp != current.stamp:
+        raise BatchNotReady(
+            f"batch {batch.id}: its folder changed while it was read; it is tried again next time "
+            "(write a batch elsewhere and rename it into the feed, or close it with _SUCCESS)"
+        )
+    return intake.finish()
+
+
+def read_own_labels(batch: Batch, settings: FeedSettings, root: Path) -> dict[str, str]:
+    """Return sample id to label for the labels that came with a batch, without its pictures.
+
+    The labels are those that `read_batch` gives, and also those of pictures that it would
+    quarantine. Files that cannot be read are left to `read_batch` to report.
+
+    Raises:
+        FeedError: the storage failed.
+    """
+    place = open_place(batch.url, settings.storage_options, root)
+    files = visible(walk(place))
+    intake = Intake(batch, settings, Preprocessing(image_size=1), only=None)  # decodes nothing
+    contents = _sort_files(files, _read_metadata(place, files, settings, intake))
+    samples = {name: sample for name, (sample, _) in contents.pictures.items()}
+    for shard, entry in contents.shards.items():
+        for name, label in _read_shard_labels(place, shard, entry, settings):
+            samples[name] = intake.agree(samples.get(name) or Sample(name, None, {}), label)
+    return {
+        f"{batch.id}/{name}": sample.label
+        for name, sample in samples.items()
+        if sample.label is not None and not intake.is_disputed(name)
+    }
+
+
+# --- pictures
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """The files of a batch by what they are."""
+
+    pictures: dict[str, tuple[Sample, Entry]]
+    shards: dict[str, Entry]
+    others: list[str]
+
+
+def _read_contents(
+    place: Place, files: dict[str, Entry], settings: FeedSettings, intake: Intake
+) -> None:
+    metadata = _read_metadata(place, files, settings, intake)
+    contents = _sort_files(files, metadata)
+    unnamed = [name for name in contents.pictures if metadata and name not in metadata.samples]
+    if metadata and metadata.samples and unnamed:
+        intake.notes.append(
+            f"{count(unnamed, 'picture')} not named in {metadata.file}, so without its columns: "
+            f"{first_few(unnamed)}"
+        )
+    wanted = []
+    for name, (_, entry) in contents.pictures.items():
+        if intake.wants(name):
+            if problem := unusable(place, name, entry) or intake.too_large(entry.size):
+                intake.reject(name, problem)
+            else:
+                wanted.append((name, entry))
+    for name, content in read_files(place, wanted, settings.max_bytes):
+        if isinstance(content, Refused):
+            intake.reject(name, str(content))
+        else:
+            intake.take(contents.pictures[name][0], content)
+    for name, entry in contents.shards.items():
+        _read_shard(place, name, entry, settings, intake)
+    if others := contents.others:
+        verb = "is no picture was" if len(others) == 1 else "are no pictures were"
+        intake.notes.append(f"{count(others, 'file')} that {verb} passed over: {first_few(others)}")
+
+
+def _sort_files(files: dict[str, Entry], metadata: "_Metadata | None") -> _Contents:
+    contents = _Contents({}, {}, [])
+    named = {} if metadata is None else metadata.samples
+    for name, entry in files.items():
+        suffix = PurePosixPath(name).suffix.lower()
+        if name in named:
+            contents.pictures[name] = (named[name], entry)
+        elif name in _METADATA:
+            continue
+        elif suffix == ".parquet":
+            contents.shards[name] = entry
+        elif suffix in PICTURE_SUFFIXES or is_linked_folder(entry):
+            folder, _, inner = name.partition("/")
+            label = folder if inner and metadata is None else None
+            contents.pictures[name] = (Sample(name, label, {}), entry)
+        else:
+            contents.others.append(name)
+    return contents
+
+
+# --- Hugging Face metadata
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    file: str
+    samples: dict[str, Sample]
+
+
+def _read_metadata(
+    place: Place, files: dict[str, Entry], settings: FeedSettings, intake: Intake
+) -> _Metadata | None:
+    present = [name for name in _METADATA if name in files]
+    if not present:
+        return None
+    file, *unused = present
+    if unused:
+        intake.notes.append(f"{file} was used and {', '.join(unused)} passed over")
+    try:
+        table = parse_table(file, read_file(place, files[file]))
+        intake.notes += [f"{file}: {problem}" for problem in table.problems]
+        if "file_name" not in table.columns:
+            raise Refused(no_column("file_name", table.columns))  # noqa: TRY301
+    except Refused as refused:
+        intake.notes.append(f"{file}: {refused}; no labels or columns were taken from it")
+        return _Metadata(file, {})
+    return _Metadata(file, _match_metadata(file, table, files, settings, intake))
+
+
+def _match_metadata(
+    file: str, table: Table, files: dict[str, Entry], settings: FeedSettings, intake: Intake
+) -> dict[str, Sample]:
+    column = settings.label_column
+    samples: dict[str, Sample] = {}
+    nameless, odd_labels = [], []
+    for number, row in table.rows:
+        if is_missing(row.get("file_name")):
+            nameless.append(number)
+            continue
+        name = _find_named(str(row["file_name"]), file, files, intake)
+        if name is None:
+            continue
+        label = label_text(row.get(column))
+        if label is None and not is_missing(row.get(column)):
+            odd_labels.append(number)
+        if name in samples:
+            intake.repeat(name)
+            samples[name] = intake.agree(samples[name], label)
+        else:
+            samples[name] = Sample(name, label, row)
+    problems = [
+        *tell_rows(nameless, "row", "has", "no file_name"),
+        *tell_rows(odd_labels, "row", "has", f"a {column} that is no single value"),
+    ]
+    intake.notes += [f"{file}: {problem}" for problem in problems]
+    return samples
+
+
+def _find_named(given: str, file: str, files: dict[str, Entry], intake: Intake) -> str | None:
+    """Find the file that a row of metadata means; the name is only looked up, never opened."""
+    if _leaves(given):
+        intake.reject(given, LEAVES)
+        return None
+    names = posixpath.normpath(given), posixpath.normpath(given.replace("\\", "/"))
+    for name in names:
+        if name in files:
+            return name
+    intake.reject(names[0], f"named in {file}, but not in the batch")
+    return None
+
+
+def _leaves(name: str) -> bool:
+    """Tell whether a file name that somebody wrote down points out of the batch."""
+    posix = name.replace("\\", "/")
+    normal = posixpath.normpath(posix)
+    absolute = posix.startswith("/") or re.match(r"[A-Za-z]:/|[A-Za-z0-9+.-]+://", posix)
+    return bool(absolute) or normal == ".." or normal.startswith("../")
+
+
+# --- Parquet shards
+
+
+def _read_shard(
+    place: Place, name: str, entry: Entry, settings: FeedSettings, intake: Intake
+) -> None:
+    intake.shard_bytes += entry.size
+    try:
+        with _open_shard(place, name, entry) as parquet:
+            columns = tuple(parquet.schema_arrow.names)
+            if "image" in columns:
+                _read_rows(parquet, name, settings, intake)
+            else:
+                problem = no_column("image", columns)
+                intake.notes.append(f"{name}: {problem}; it was passed over")
+    except Refused as refused:
+        intake.lose_shard(name, entry.size, str(refused))
+
+
+def _read_shard_labels(
+    place: Place, shard: str, entry: Entry, settings: FeedSettings
+) -> list[tuple[str, str | None]]:
+    column = settings.label_column
+    try:
+        with _open_shard(place, shard, entry) as parquet:
+            if not {"image", column} <= set(parquet.schema_arrow.names):
+                return []
+            names = [name for _, group in _row_names(parquet, shard) for name in group]
+            labels = parquet.read(columns=[column]).column(0).to_pylist()
+            return [(n, label_text(value)) for n, value in zip(names, labels, strict=True)]
+    except Refused:
+        return []
+
+
+@contextmanager
+def _open_shard(place: Place, name: str, entry: Entry) -> Iterator[Any]:
+    """Open a shard as a ParquetFile; nearly everything that a broken one can raise is refused."""
+    if problem := unusable(place, name, entry):
+        raise Refused(problem)
+    with open_file(place, entry) as file:
+        try:
+            yield pq.ParquetFile(file)
+        except (FeedError, Refused, MemoryError):
+            raise
+        except Exception as error:
+            raise Refused(f"unreadable: {first_line(error)}") from error
+
+
+def _read_rows(parquet: Any, shard: str, settings: FeedSettings, intake: Intake) -> None:
+    groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    for number, group in enumerate(groups, start=1):
+        limit = max(_SHARD_BYTES, min(_SHARD_ROWS, group.num_rows) * settings.max_bytes)
+        if group.total_byte_size > limit:
+            raise Refused(
+                f"too large: its row group {number} unpacks to {group.total_byte_size} bytes "
+                f"> {limit}; write smaller row groups, or raise max_bytes"
+            )
+    for number, names in _row_names(parquet, shard):
+        if not any(intake.wants(name) for name in names):
+            continue
+        # A value that many rows share is stored once (and counted once), but unpacked for each row.
+        share = _SHARD_BYTES // max(groups[number].total_byte_size, 1)
+        rows_at_once = min(max(share, 1), _SHARD_ROWS)
+        unread = iter(names)
+        for rows in parquet.iter_batches(batch_size=rows_at_once, row_groups=[number]):
+            for row in rows.to_pylist():
+                _take_row(next(unread), row, settings, intake)
+
+
+def _row_names(parquet: Any, shard: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row group's number and the names of its samples."""
+    stem = str(PurePosixPath(shard).with_suffix(""))
+    first = 0
+    for group in range(parquet.num_row_groups):
+        given: list[Any] = [None] * parquet.metadata.row_group(group).num_rows
+        if "file_name" in parquet.schema_arrow.names:
+            given = parquet.read_row_group(group, columns=["file_name"]).column(0).to_pylist()
+        yield group, [_row_name(name, f"{stem}-{i}") for i, name in enumerate(given, start=first)]
+        first += len(given)
+
+
+def _row_name(given: Any, otherwise: str) -> str:
+    if is_missing(given):
+        return otherwise
+    return str(given) if _leaves(str(given)) else posixpath.normpath(str(given))
+
+
+def _take_row(name: str, row: dict[str, Any], settings: FeedSettings, intake: Intake) -> None:
+    if not intake.wants(name):
+        return
+    image = row.pop("image")
+    if isinstance(image, dict):
+        image = image.get("bytes")
+    if _leaves(name):
+        intake.reject(name, LEAVES)
+    elif not image:
+        intake.reject(name, "empty: its row has no image bytes")
+    elif not isinstance(image, bytes):
+        intake.reject(name, f"its image is {type(image).__name__}, not bytes")
+    else:
+        intake.take(Sample(name, label_text(row.get(settings.label_column)), row), image)

@@ -1,0 +1,225 @@
+"""Sorts the good samples of a batch from the bad ones, and judges whether enough are good."""
+
+import hashlib
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from flows.feed import Batch, BatchNotReady, FeedSettings
+from flows.storage import FeedError
+from flows.words import count, first_few, printable
+from sft.pictures import BadPicture, Picture, Preprocessing, decode
+
+_OWN_COLUMNS = ("sample_id", "file_name", "label", "sha256")
+
+
+class TooManyBad(FeedError):  # noqa: N818 -- reads as the verdict that it is
+    """More samples of the batch are unreadable than `max_bad_share` allows."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A sample (or a whole Parquet shard) that was left out, and why."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)  # tables have no single truth value to compare by
+class BatchData:
+    """What a batch holds: n usable samples, and what was left out.
+
+    `samples` has n rows: sample_id, file_name (path in the batch), label (str, or NA where none
+    came with the batch), sha256 of the encoded picture, then the user's own columns. `encoded` and
+    `pictures` are parallel to it.
+    """
+
+    batch: Batch
+    samples: pd.DataFrame
+    encoded: list[bytes]
+    pictures: list[Picture]
+    quarantined: tuple[Quarantined, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the files of a batch say of one picture; `name` is its path in the batch."""
+
+    name: str
+    label: str | None
+    columns: dict[str, Any]
+
+
+class Intake:
+    """Takes what a batch holds, sample by sample; names are paths in the batch.
+
+    `notes` and `shard_bytes` are filled by whoever reads the files: what people should know, and
+    the size of all Parquet shards together.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        settings: FeedSettings,
+        preprocessing: Preprocessing,
+        only: AbstractSet[str] | None,
+    ) -> None:
+        self.batch = batch
+        self.notes: list[str] = []
+        self.shard_bytes = 0
+        self._settings = settings
+        self._preprocessing = preprocessing
+        self._only = only
+        self._kept: dict[str, tuple[Sample, bytes, Picture]] = {}
+        self._digests: dict[str, str] = {}
+        self._bad: dict[tuple[str, str], None] = {}
+        self._lost_shards: dict[str, int] = {}
+        self._repeated: dict[str, None] = {}
+        self._clashing: dict[str, None] = {}
+        self._disputed: dict[str, None] = {}
+
+    def wants(self, name: str) -> bool:
+        """Tell whether a sample was asked for."""
+        return self._only is None or f"{self.batch.id}/{name}" in self._only
+
+    def reject(self, name: str, reason: str) -> None:
+        """Put a sample aside."""
+        if self.wants(name):
+            self._bad[name, reason] = None
+
+    def lose_shard(self, name: str, size: int, reason: str) -> None:
+        """Put a whole shard aside; which samples were in it is not known, so `only` can't tell."""
+        self._bad[name, reason] = None
+        self._lost_shards[name] = size
+
+    def take(self, sample: Sample, encoded: bytes) -> None:
+        """Decode and keep a sample, or put it aside."""
+        if problem := self.too_large(len(encoded)):
+            self.reject(sample.name, problem)
+            return
+        digest = hashlib.sha256(encoded).hexdigest()
+        if self._digests.setdefault(sample.name, digest) != digest:
+            self._clashing[sample.name] = None
+            return
+        if sample.name in self._kept:
+            kept, _, picture = self._kept[sample.name]
+            self.repeat(sample.name)
+            self._kept[sample.name] = (self.agree(kept, sample.label), encoded, picture)
+            return
+        try:
+            picture = decode(encoded, self._preprocessing, max_pixels=self._settings.max_pixels)
+        except BadPicture as bad:
+            self.reject(sample.name, bad.reason)
+        else:
+            self._kept[sample.name] = (sample, encoded, picture)
+
+    def too_large(self, size: int) -> str | None:
+        """Say why an encoded picture of so many bytes is not taken."""
+        limit = self._settings.max_bytes
+        return f"too large: {size} bytes > max_bytes={limit}" if size > limit else None
+
+    def agree(self, sample: Sample, label: str | None) -> Sample:
+        """Hear another label for a sample; if it is a different one, none of the two counts."""
+        if sample.label is None:
+            return replace(sample, label=label)
+        if label not in (None, sample.label):
+            self._disputed[sample.name] = None
+        return sample
+
+    def is_disputed(self, name: str) -> bool:
+        """Tell whether a sample came with different labels."""
+        return name in self._disputed
+
+    def repeat(self, name: str) -> None:
+        """Remember that a sample came once more with the same picture."""
+        self._repeated[name] = None
+
+    def finish(self) -> BatchData:
+        """Return what was taken.
+
+        Raises:
+            BatchNotReady: it holds nothing, or fewer than `min_samples` usable pictures.
+            TooManyBad: more than `max_bad_share` of it is unreadable.
+        """
+        bad = [(name, reason) for name, reason in self._bad if name not in self._clashing]
+        for name in self._clashing:
+            self._kept.pop(name, None)
+            bad.append((name, "duplicate id: other pictures have it too"))
+        self._note_duplicates()
+        if self._only is None:
+            self._judge(bad)
+        kept = list(self._kept.values())
+        samples = self._frame([sample for sample, _, _ in kept])
+        return BatchData(
+            batch=self.batch,
+            samples=samples,
+            encoded=[encoded for _, encoded, _ in kept],
+            pictures=[picture for _, _, picture in kept],
+            quarantined=tuple(
+                Quarantined(printable(f"{self.batch.id}/{name}"), reason) for name, reason in bad
+            ),
+            notes=tuple(self.notes),
+        )
+
+    def _note_duplicates(self) -> None:
+        if repeated := list(self._repeated):
+            self.notes.append(
+                f"{count(repeated, 'sample')} came more than once with the same picture; "
+                f"one of each was kept: {first_few(repeated)}"
+            )
+        if disputed := [name for name in self._disputed if name in self._kept]:
+            self.notes.append(
+                f"{count(disputed, 'sample')} came with two different labels, of which none "
+                f"counts: {first_few(disputed)}"
+            )
+
+    def _judge(self, bad: list[tuple[str, str]]) -> None:
+        batch, limit = f"batch {self.batch.id}", self._settings.max_bad_share
+        refusal = f"more than max_bad_share={limit:g}, so the batch was not checked"
+        said = "; ".join(["", *self.notes])
+        total = len(self._kept) + len(bad)
+        if total == 0:
+            raise BatchNotReady(f"{batch} is empty: it holds no pictures{said}")
+        if (lost := sum(self._lost_shards.values())) > limit * self.shard_bytes:
+            name, reason = next(entry for entry in bad if entry[0] in self._lost_shards)
+            raise TooManyBad(
+                f"{batch}: {count(self._lost_shards, 'Parquet shard')} with {lost} of "
+                f"{self.shard_bytes} bytes could not be read "
+                f"(first: {printable(name)}: {reason}); {refusal}"
+            )
+        if len(bad) > limit * total:
+            name, reason = bad[0]
+            raise TooManyBad(
+                f"{batch}: {len(bad)} of {total} pictures could not be read "
+                f"(first: {printable(name)}: {reason}); {refusal}"
+            )
+        if len(self._kept) < self._settings.min_samples:
+            raise BatchNotReady(
+                f"{batch} has {count(self._kept, 'usable picture')}, fewer than "
+                f"min_samples={self._settings.min_samples}, so it was not checked{said}"
+            )
+
+    def _frame(self, samples: list[Sample]) -> pd.DataFrame:
+        labels = [None if s.name in self._disputed else s.label for s in samples]
+        frame = pd.DataFrame(
+            {
+                "sample_id": pd.Series([f"{self.batch.id}/{s.name}" for s in samples], dtype="str"),
+                "file_name": pd.Series([s.name for s in samples], dtype="str"),
+                "label": pd.Series(labels, dtype="str"),
+                "sha256": pd.Series([self._digests[s.name] for s in samples], dtype="str"),
+            }
+        )
+        columns = dict.fromkeys(column for sample in samples for column in sample.columns)
+        expected = "file_name", self._settings.label_column
+        if taken := [c for c in columns if c in _OWN_COLUMNS and c not in expected]:
+            self.notes.append(
+                f"{count(taken, 'column')} passed over, because sustain gives columns of that "
+                f"name itself: {', '.join(taken)}"
+            )
+        for column in columns:
+            if column not in (*_OWN_COLUMNS, *expected):
+                frame[column] = pd.Series([sample.columns.get(column) for sample in samples])
+        return frame

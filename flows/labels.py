@@ -1,0 +1,212 @@
+"""Late labels: every file of them, and which label of a sample is in force."""
+
+import posixpath
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from flows.feed import FeedSettings
+from flows.storage import (
+    Entry,
+    FeedError,
+    Place,
+    Refused,
+    follow,
+    is_unfinished,
+    look_up,
+    missing_folder,
+    open_place,
+    read_unchanged,
+    visible,
+    walk,
+)
+from flows.tables import is_missing, label_text, no_column, parse_table
+from flows.words import count, first_few, first_line, printable, tell_rows
+
+_COLUMNS = ("sample_id", "label", "labelled_at")
+
+
+@dataclass(frozen=True, eq=False)  # a table has no single truth value to compare by
+class LabelTable:
+    """The labels in force: one row a sample (sample_id, label, labelled_at in UTC or NaT)."""
+
+    labels: pd.DataFrame
+    problems: tuple[str, ...]
+
+
+def read_labels(settings: FeedSettings, root: Path) -> LabelTable:
+    """Read every CSV and Parquet file of the labels folder, and settle which label is in force.
+
+    A later file (by name) corrects an earlier one; between two labels that both have `labelled_at`
+    the newer one counts, wherever it stands. Whatever cannot be used is told in `problems`.
+
+    Raises:
+        FeedError: the storage failed.
+    """
+    place = open_place(settings.labels, settings.storage_options, root)
+    if problem := missing_folder(place):
+        return LabelTable(_frame([]), (f"the labels folder {problem}: no labels yet",))
+    unusable: list[str] = []
+    files: list[tuple[str, _Rows]] = []
+    for name, entry in visible(walk(place)).items():
+        if is_unfinished(name):
+            continue
+        shown = f"{settings.labels.rstrip('/')}/{printable(name)}"
+        try:
+            files.append((shown, _read_rows(place, name, entry)))
+        except Refused as refused:
+            unusable.append(f"{shown}: {refused}; the file was passed over")
+    settled = _settle(files)
+    return replace(settled, problems=(*unusable, *settled.problems))
+
+
+def read_label_file(url: str, root: Path, settings: FeedSettings | None = None) -> LabelTable:
+    """Read one file of labels by the rules of `read_labels`.
+
+    Raises:
+        FeedError: it does not exist, or it cannot be used at all.
+    """
+    place = open_place(url, (settings or FeedSettings()).storage_options, root)
+    name = posixpath.basename(place.path)
+    file = follow(place)
+    try:
+        entry = look_up(file)
+    except Exception as error:
+        raise FeedError(f"{place.shown} cannot be read: {first_line(error)}") from error
+    try:
+        rows = _read_rows(replace(file, path=posixpath.dirname(file.path)), name, entry)
+    except Refused as refused:
+        raise FeedError(f"{place.shown}: {refused}") from refused
+    return _settle([(url, rows)])
+
+
+# --- one file
+
+_Answer: TypeAlias = tuple[str, pd.Timestamp | None]  # a label, and when it was given
+
+
+@dataclass(frozen=True)
+class _Rows:
+    answers: dict[str, list[_Answer]]
+    problems: list[str]
+
+
+def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
+    suffix = PurePosixPath(name).suffix.lower()
+    if suffix not in (".csv", ".parquet"):
+        raise Refused("neither CSV nor Parquet")
+    if entry.kind == "other":
+        raise Refused("not a regular file")
+    table = parse_table(name, read_unchanged(place, entry))
+    for column in _COLUMNS[:2]:
+        if column not in table.columns:
+            raise Refused(no_column(column, table.columns))
+    problems = list(table.problems)
+    if unknown := [column for column in table.columns if column not in _COLUMNS]:
+        problems.append(f"{count(unknown, 'unknown column')} passed over: {first_few(unknown)}")
+    times, misread = _read_times([row.get("labelled_at") for _, row in table.rows])
+    answers: dict[str, list[_Answer]] = {}
+    nameless, unlabelled = [], []
+    for (number, row), time in zip(table.rows, times, strict=True):
+        label = label_text(row["label"])
+        if is_missing(row["sample_id"]):
+            nameless.append(number)
+        elif label is None:
+            unlabelled.append(number)
+        else:
+            answers.setdefault(str(row["sample_id"]), []).append((label, time))
+    noun = "line" if suffix == ".csv" else "row"
+    timeless = [table.rows[index][0] for index in misread]
+    no_time = "a labelled_at that is no ISO 8601 time; it counts as missing"
+    problems += tell_rows(nameless, noun, "has", "no sample_id", skipped=True)
+    problems += tell_rows(unlabelled, noun, "has", "no label", skipped=True)
+    problems += tell_rows(timeless, noun, "has", no_time)
+    return _Rows(answers, problems)
+
+
+def _read_times(values: list[Any]) -> tuple[list[pd.Timestamp | None], list[int]]:
+    """Read times as UTC (those without a zone count as UTC), and name the places of bad ones."""
+    texts = [
+        str(value) if isinstance(value, str | date) and not is_missing(value) else None
+        for value in values
+    ]
+    parsed = pd.to_datetime(
+        pd.Series(texts, dtype="object"), format="ISO8601", utc=True, errors="coerce"
+    )
+    known = parsed.notna().tolist()
+    times = [time if is_known else None for time, is_known in zip(parsed, known, strict=True)]
+    bad = [i for i, time in enumerate(times) if time is None and not is_missing(values[i])]
+    return times, bad
+
+
+# --- which label is in force
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """What one file says of one sample; several labels mean that it contradicts itself."""
+
+    labels: tuple[str, ...]
+    labelled_at: pd.Timestamp | None
+    order: int
+    file: str
+
+
+def _settle(files: list[tuple[str, _Rows]]) -> LabelTable:
+    """Settle what all files together say; they come in the order in which they correct."""
+    problems: list[str] = []
+    statements: dict[str, list[_Statement]] = {}
+    for order, (shown, rows) in enumerate(files):
+        problems += [f"{shown}: {problem}" for problem in rows.problems]
+        for sample_id, answers in rows.answers.items():
+            said = _settle_within(answers, order, shown)
+            statements.setdefault(sample_id, []).append(said)
+    in_force = {sample_id: _in_force(said) for sample_id, said in sorted(statements.items())}
+    problems += _describe_conflicts(in_force)
+    settled = [(i, s.labels[0], s.labelled_at) for i, s in in_force.items() if len(s.labels) == 1]
+    return LabelTable(_frame(settled), tuple(problems))
+
+
+def _settle_within(answers: list[_Answer], order: int, file: str) -> _Statement:
+    """Reduce what one file says of a sample: its newest label, if that contradicts nothing."""
+    newest = max((time for _, time in answers if time is not None), default=None)
+    labels = sorted({label for label, time in answers if time in (None, newest)})
+    return _Statement(tuple(labels), newest, order, file)
+
+
+def _in_force(said: list[_Statement]) -> _Statement:
+    """Choose between files: of those with a time the newest, and then the later file."""
+    if len(said) == 1:  # nearly always
+        return said[0]
+    timed = [(s.labelled_at, s.order, s) for s in said if s.labelled_at is not None]
+    untimed = [s for s in said if s.labelled_at is None]
+    # A time and no time can't be compared: between those two the later file counts.
+    candidates = [*(s for _, _, s in sorted(timed, key=lambda t: t[:2])[-1:]), *untimed[-1:]]
+    return max(candidates, key=lambda statement: statement.order)
+
+
+def _describe_conflicts(in_force: dict[str, _Statement]) -> list[str]:
+    conflicts: dict[str, list[str]] = {}
+    for sample_id, said in in_force.items():
+        if len(said.labels) > 1:
+            labels = " or ".join(map(repr, said.labels))
+            conflicts.setdefault(said.file, []).append(f"{sample_id} ({labels})")
+    return [
+        f"{file}: {count(samples, 'sample')} with conflicting labels and no labelled_at that "
+        f"decides, left out: {first_few(samples)}"
+        for file, samples in conflicts.items()
+    ]
+
+
+def _frame(rows: list[tuple[str, str, pd.Timestamp | None]]) -> pd.DataFrame:
+    times = [time for _, _, time in rows]
+    return pd.DataFrame(
+        {
+            "sample_id": pd.Series([sample_id for sample_id, _, _ in rows], dtype="str"),
+            "label": pd.Series([label for _, label, _ in rows], dtype="str"),
+            "labelled_at": pd.Series(times, dtype="datetime64[us, UTC]"),
+        }
+    )

@@ -1,0 +1,45 @@
+"""Counts, names and errors as they stand in the sentences that people read."""
+
+from collections.abc import Sized
+from typing import Literal
+
+_SHOWN = 3
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its class where it has none."""
+    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+
+
+def printable(name: str) -> str:
+    """Write the bytes of a file name that are not UTF-8 as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def count(things: Sized, noun: str) -> str:
+    """Write "1 sample", "2 samples"."""
+    return f"{len(things)} {noun}" + ("" if len(things) == 1 else "s")
+
+
+def first_few(names: list[str] | tuple[str, ...]) -> str:
+    """Write the first three names, and dots for the others."""
+    return ", ".join([*map(printable, names[:_SHOWN]), *(["..."] if len(names) > _SHOWN else [])])
+
+
+def tell_rows(
+    numbers: list[int],
+    noun: str,
+    verb: Literal["has", "is"],
+    problem: str,
+    *,
+    skipped: bool = False,
+) -> tuple[str, ...]:
+    """Tell in one sentence what is wrong with some rows; in none where there are no such rows."""
+    if not numbers:
+        return ()
+    first = f"{noun} {numbers[0]}"
+    if len(numbers) == 1:
+        return (f"{first} {verb} {problem}" + (" and was skipped" if skipped else ""),)
+    plural = {"has": "have", "is": "are"}[verb]
+    ending = " and were skipped" if skipped else ""
+    return (f"{len(numbers)} {noun}s {plural} {problem}{ending} (first: {first})",)

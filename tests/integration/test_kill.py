@@ -1,0 +1,281 @@
+"""`kill -9` at every write of every flow, then the same command again; and two commands at once.
+
+A command that was killed and run again must leave what the command leaves when it runs undisturbed,
+once or (killed after its work was done) twice: the same versions with the same keys, files,
+parents and verdicts, the same aliases, each check once with the same decision, no training run left
+open, the same fresh labels. kill_driver.py, beside this file, says how it is done and compared.
+
+The state on disk "just after" a write is the one "just before" the next: unless SUSTAIN_KILL_ALL is
+set, one of the two is tried (as 2 cores then need minutes, not ten). Drift reports are replaced by
+a short file, but for one chain, since Evidently takes seconds for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, cast
+
+import pytest
+
+from flows.servers import start_prefect, stop, wait_until_healthy
+
+pytestmark = pytest.mark.timeout(
+    1800
+)  # of the first test: it waits for its cases on a busy machine
+DRIVERS = 2
+EVERYTHING = bool(os.environ.get("SUSTAIN_KILL_ALL"))
+TWICE = ("RetrainError: 0 fresh labels", "RegistryError: version 1 is the first champion")
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "true",
+    "GOMP_SPINCOUNT": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",  # the drivers fork, so they must have no threads
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+
+class Drivers:
+    """Processes that each have a world of their own, and take the cases as they come."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.free: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
+        self.pool = ThreadPoolExecutor(DRIVERS)
+        self.processes = []
+        for number in range(DRIVERS):
+            world = folder / f"world-{number}"
+            world.mkdir()
+            process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("kill_driver.py")), str(world)],
+                env=environment | {"TMPDIR": str(world)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self.processes.append(process)
+        for process in self.processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == '"ready"', "see children.log in the world"
+            self.free.put(process)
+
+    def ask(self, case: str, scenario: str, **rest: object) -> Future[dict[str, Any]]:
+        """Run a case when a driver is free."""
+        return self.pool.submit(self._answer, {"case": case, "scenario": scenario, **rest})
+
+    def _answer(self, request: dict[str, object]) -> dict[str, Any]:
+        process = self.free.get()
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return cast("dict[str, Any]", json.loads(process.stdout.readline()))
+        finally:
+            self.free.put(process)
+
+    def close(self) -> None:
+        """End the drivers."""
+        self.pool.shutdown(cancel_futures=True)
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The cases of one scenario: where each happens, and what came of it."""
+
+    undisturbed: dict[str, Any]
+    kills: dict[str, Future[dict[str, Any]]]
+    overtakings: dict[str, Future[dict[str, Any]]]
+
+
+@contextmanager
+def prefect_server(folder: Path) -> Iterator[dict[str, str]]:
+    """Run a real server, and give the environment that leads to it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (ENVIRONMENT | {"PREFECT_HOME": str(folder / "prefect")}).items():
+            patch.setenv(name, value)
+        patch.delenv("PREFECT_API_URL", raising=False)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        started = [start_prefect(port, folder / "logs")]
+        try:
+            url = f"http://127.0.0.1:{port}/api"
+            wait_until_healthy(f"{url}/health", "Prefect", started, folder / "logs")
+            yield {**os.environ, "PREFECT_API_URL": url}
+        finally:
+            stop(started)
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drivers]:
+    folder = tmp_path_factory.mktemp("kill")
+    with prefect_server(folder) as environment:
+        found = Drivers(folder, environment)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def cases(drivers: Drivers) -> dict[str, Cases]:
+    """Ask for every case at once, so that no driver waits for another between tests."""
+    names = ("chain", "retrain", "refused", "bootstrap", "check", "moved", "rollback")
+    calm = {name: drivers.ask("undisturbed", name) for name in names}
+    return {
+        name: Cases(
+            undisturbed=(found := undisturbed.result()),
+            kills={
+                where: drivers.ask("killed", name, at=at)
+                for at, where in chosen(name, found["boundaries"])
+            },
+            overtakings={
+                where: drivers.ask("overtaken", name, at=at)
+                for at, where in held(name, found["boundaries"])
+            },
+        )
+        for name, undisturbed in calm.items()
+    }
+
+
+def chosen(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
+    """Choose the boundaries to kill at: all, but for those that leave the same as another."""
+    numbered = list(enumerate(boundaries))
+    if EVERYTHING:
+        return numbered
+    last = len(boundaries) - 1
+    numbered = [
+        (at, where) for at, where in numbered if not where.startswith("after write") or at == last
+    ]
+    if scenario == "refused":  # up to the version, it is the retraining that is promoted
+        version = next(at for at, where in numbered if "create_model_version" in where)
+        return [(at, where) for at, where in numbered if at >= version]
+    return numbered
+
+
+def held(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
+    """Choose the boundaries at which a retraining is held while another overtakes it."""
+    if scenario != "retrain":
+        return []
+    found = [(at, where) for at, where in enumerate(boundaries) if where.startswith("before")]
+    runs = [n for n, (_, where) in enumerate(found) if "create_run" in where]
+    made = next(n for n, (_, where) in enumerate(found) if "log_artifacts model" in where)
+    return found if EVERYTHING else [found[n] for n in runs] + found[made:]
+
+
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Say where two states differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return [
+            line
+            for key in sorted({*found, *wanted})
+            for line in differences(found.get(key), wanted.get(key), f"{path}/{key}")
+        ]
+    return [] if found == wanted else [f"{path}: {found!r}, and not {wanted!r}"]
+
+
+def complaint(
+    answer: dict[str, Any], undisturbed: dict[str, Any], *, leave: tuple[str, ...] = ()
+) -> str:
+    """Say what is wrong with a case; "" when it ended as one or two undisturbed runs do."""
+    if "broken" in answer:
+        return str(answer["broken"])
+    if odd := [e for e in answer["errors"] if e and not e.startswith(TWICE)]:
+        return f"the command failed: {odd}"
+    book = {k: v for k, v in answer["book"].items() if k not in leave}
+    found = [
+        differences(book, {k: v for k, v in wanted.items() if k not in leave})
+        for wanted in undisturbed["books"]
+    ]
+    return "" if not all(found) else "\n      ".join(min(found, key=len)[:8])
+
+
+def report(complaints: dict[str, str]) -> str:
+    """List the failed cases by the place where they happened."""
+    failed = {where: text for where, text in complaints.items() if text}
+    lines = [f"  {where}:\n      {text}" for where, text in failed.items()]
+    return "\n".join([f"{len(failed)} of {len(complaints)} cases:", *lines])
+
+
+def test_undisturbed_runs_do_what_the_scenarios_say(cases: dict[str, Cases]) -> None:
+    """The chain promotes, the refused challenger waits, the rollback goes one version back."""
+    books = {name: case.undisturbed["books"] for name, case in cases.items()}
+    assert all(not case.undisturbed["errors"][0] for case in cases.values())
+    assert books["bootstrap"][0]["aliases"] == {"champion": 1, "challenger": None}
+    assert len(books["check"][0]["checks"]) == 2
+    for name in ("chain", "retrain"):
+        assert books[name][0]["aliases"] == {"champion": 2, "challenger": None}
+        assert books[name][0]["versions"]["2"]["tags"]["verdict"] == "promote"
+    assert books["refused"][0]["aliases"] == {"champion": 1, "challenger": 2}
+    assert books["refused"][0]["versions"]["2"]["tags"]["verdict"] == "inconclusive"
+    assert books["rollback"][0]["aliases"]["champion"] == 2
+    assert books["moved"][0]["aliases"]["champion"] == 1
+    assert [v["rolled back"] for v in books["moved"][0]["versions"].values()] == [False, True, True]
+    for name, (once, _) in books.items():
+        assert all("verdict" in v["tags"] for v in once["versions"].values()), name
+        assert not once["open runs"], name
+        assert set(once["ended runs"].values()) == {1}, name
+
+
+@pytest.mark.parametrize(
+    "scenario", ["bootstrap", "check", "chain", "retrain", "refused", "rollback", "moved"]
+)
+def test_killed_anywhere_and_run_again(scenario: str, cases: dict[str, Cases]) -> None:
+    """Killed at any write, or within training, the same command again ends the same."""
+    case = cases[scenario]
+    complaints = {}
+    for where, future in case.kills.items():
+        answer = future.result()
+        not_killed = "" if answer.get("killed", True) else "it was not killed"
+        complaints[where] = not_killed or complaint(answer, case.undisturbed)
+    assert not any(complaints.values()), report(complaints)
+
+
+def test_killed_while_the_report_is_written(drivers: Drivers, cases: dict[str, Cases]) -> None:
+    """Evidently's report, half of it on disk, is written again; the chain ends the same."""
+    boundaries = cases["chain"].undisturbed["boundaries"]
+    assert "create_run" in boundaries[1]
+    answer = drivers.ask(
+        "killed", "chain", at=2, real_report=True
+    ).result()  # after `after write 1`
+    assert answer["killed"]
+    assert not complaint(answer, cases["chain"].undisturbed)
+
+
+def test_overtaken_at_any_write(cases: dict[str, Cases]) -> None:
+    """A retraining that stands still while another does it all adds nothing and breaks nothing."""
+    case = cases["retrain"]
+    complaints = {}
+    for where, future in case.overtakings.items():
+        answer = future.result()
+        not_held = "" if answer.get("held", True) else "it was not held"
+        # two trainings may end; one version is made
+        complaints[where] = not_held or complaint(answer, case.undisturbed, leave=("ended runs",))
+    assert not any(complaints.values()), report(complaints)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.7])
+@pytest.mark.parametrize("scenario", ["retrain", "chain"])
+def test_two_at_once(
+    scenario: str, seconds: float, drivers: Drivers, cases: dict[str, Cases]
+) -> None:
+    """Two retrainings or two watchers at once end with one champion and one version for the key."""
+    answer = drivers.ask("together", scenario, seconds=seconds).result()
+    wrong = complaint(answer, cases[scenario].undisturbed, leave=("ended runs",))
+    assert not wrong, wrong

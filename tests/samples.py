@@ -1,0 +1,86 @@
+"""Small pictures, shards and folders, and short words for what a test asks of them."""
+
+import hashlib
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from flows.batches import read_batch
+from flows.feed import FeedSettings, list_batches
+from flows.intake import BatchData
+from flows.labels import LabelTable
+from sft.pictures import Preprocessing
+
+SEEN = Preprocessing(image_size=8)
+LENIENT = FeedSettings(max_bad_share=0.9)
+
+
+def picture(seed: int = 0, kind: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def parquet(**columns: list[Any]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, row_group_size=3)
+    return buffer.getvalue()
+
+
+def write(root: Path, files: dict[str, bytes | str]) -> None:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def tree(root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        digest.update(f"{path}|{status.st_mode}|{status.st_mtime_ns}".encode("utf-8", "replace"))
+        if path.is_file() and not path.is_symlink():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read(root: Path, settings: FeedSettings = LENIENT, **options: Any) -> BatchData:
+    """Read the only batch, and see that not one of the user's files was touched."""
+    before = tree(root)
+    (batch,) = list_batches(settings, root)
+    try:
+        return read_batch(batch, settings, root, SEEN, **options)
+    finally:
+        assert tree(root) == before
+
+
+def as_dict(table: LabelTable) -> dict[str, str]:
+    return dict(zip(table.labels["sample_id"], table.labels["label"], strict=True))
+
+
+def reasons(data: BatchData) -> dict[str, str]:
+    return {q.sample_id: q.reason for q in data.quarantined}
+
+
+def names(data: BatchData) -> list[str]:
+    return list(data.samples["sample_id"])

@@ -1,0 +1,193 @@
+"""Roles that never change, and batches that mix fresh with old samples."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from sft.dataset import LabelledPictures, Role, batches, join, role_of, sample_evenly, shift
+
+
+def pictures(n: int, *, first: int = 0, prefix: str = "b") -> LabelledPictures:
+    """Make pictures whose every pixel, like the label, is the sample's number."""
+    numbers = torch.arange(first, first + n)
+    pixels = numbers.to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).clone()
+    return LabelledPictures(tuple(f"{prefix}/{i}" for i in numbers.tolist()), pixels, numbers)
+
+
+def one_pass(
+    fresh: LabelledPictures,
+    memory: LabelledPictures | None,
+    *,
+    batch_size: int = 16,
+    rehearsal: float = 0.5,
+    seed: int = 0,
+) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return list(
+        batches(fresh, memory, batch_size=batch_size, rehearsal=rehearsal, generator=generator)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sample_id", "role"),
+    [
+        ("", Role.TRAIN),
+        ("2026-11-21T10/a.jpg", Role.HOLDOUT),
+        ("2026-11-21T10/b.jpg", Role.TRAIN),
+        ("köln/straße 1.png", Role.TRAIN),
+        ("batch-0001/0007.png", Role.TRAIN),
+    ],
+)
+def test_roles_never_change(sample_id: str, role: Role) -> None:
+    """These were told at the first release; another answer would train on somebody's hold-out."""
+    assert role_of(sample_id) is role
+
+
+def test_roles_have_their_shares() -> None:
+    """Of 10,000 ids, 30 % are held out, 10 % validate and 60 % train, to within 1.5 points."""
+    counts = Counter(role_of(f"batch-{i // 100}/{i % 100:04}.jpg") for i in range(10_000))
+    assert counts[Role.HOLDOUT] == pytest.approx(3000, abs=150)
+    assert counts[Role.VALIDATION] == pytest.approx(1000, abs=100)
+    assert counts[Role.TRAIN] == pytest.approx(6000, abs=150)
+
+
+def test_roles_split_a_set_without_rest() -> None:
+    """Each sample is in the set of its own role, in the old order, with its picture and label."""
+    data = pictures(200)
+    parts = [data.with_role(role) for role in Role]
+    assert all(len(part) for part in parts)
+    assert sorted(name for part in parts for name in part.sample_ids) == sorted(data.sample_ids)
+    for role, part in zip(Role, parts, strict=True):
+        assert {role_of(name) for name in part.sample_ids} == {role}
+        assert [f"b/{label}" for label in part.labels.tolist()] == list(part.sample_ids)
+        assert torch.equal(part.pixels[:, 0, 0, 0].long(), part.labels)
+        assert part.labels.tolist() == sorted(part.labels.tolist())
+
+
+def test_parts_of_unequal_length_are_refused() -> None:
+    """The message counts them."""
+    with pytest.raises(ValueError, match="2 ids, 3 pictures and 3 labels do not belong together"):
+        LabelledPictures(("a", "b"), torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3))
+
+
+def test_nothing_taken_is_an_empty_set() -> None:
+    """An empty choice keeps the shape of the pictures, so that sets can be joined."""
+    none = pictures(3).take([])
+    assert none.pixels.shape == (0, 1, 2, 2)
+    both = join([none, pictures(3).take([2, 0]), pictures(1, first=9)])
+    assert both.sample_ids == ("b/2", "b/0", "b/9")
+    assert both.labels.tolist() == both.pixels[:, 0, 0, 0].tolist() == [2, 0, 9]
+    with pytest.raises(ValueError, match="nothing to join"):
+        join([])
+
+
+def test_an_even_sample_is_seeded_and_without_repetition() -> None:
+    """At most so many, the same for a seed, others for another, in the old order."""
+    data = pictures(100)
+    some = sample_evenly(data, 30, seed=1)
+    assert len(set(some.sample_ids)) == 30
+    assert some.labels.tolist() == sorted(some.labels.tolist())
+    assert some.sample_ids == sample_evenly(data, 30, seed=1).sample_ids
+    assert some.sample_ids != sample_evenly(data, 30, seed=2).sample_ids
+    assert sample_evenly(data, 100, seed=1) is data
+
+
+@pytest.mark.parametrize("n", [1, 8, 50, 64])
+@pytest.mark.parametrize("rehearsal", [0.0, 0.25, 0.5, 0.9])
+def test_a_pass_covers_every_fresh_sample_once(n: int, rehearsal: float) -> None:
+    """Whatever the mix, each fresh sample comes exactly once, with its own label."""
+    given = one_pass(pictures(n), pictures(100, first=100), rehearsal=rehearsal)
+    labels = torch.cat([labels for _, labels in given])
+    assert sorted(labels[labels < 100].tolist()) == list(range(n))
+    for pixels, labels in given:
+        assert torch.equal(pixels[:, 0, 0, 0].long(), labels)
+
+
+@pytest.mark.parametrize(("rehearsal", "old"), [(0.0, 0), (0.25, 4), (0.5, 8), (0.75, 12)])
+def test_a_share_of_every_batch_is_old(rehearsal: float, old: int) -> None:
+    """Full batches hold the exact share; the last, short one holds it to the nearest sample."""
+    fresh_count = 16 - old
+    *full, (_, last) = one_pass(
+        pictures(fresh_count * 3 + 2), pictures(100, first=100), rehearsal=rehearsal
+    )
+    assert [len(labels) for _, labels in full] == [16, 16, 16]
+    assert [int((labels >= 100).sum()) for _, labels in full] == [old] * 3
+    assert int((last < 100).sum()) == 2
+    assert int((last >= 100).sum()) == round(old * 2 / fresh_count)
+    assert all(len(set(labels.tolist())) == len(labels) for _, labels in full)
+
+
+def test_a_small_memory_is_repeated_to_its_share() -> None:
+    """Three old samples fill a half of eight, each two or three times."""
+    [(_, labels), *_] = one_pass(pictures(8), pictures(3, first=100))
+    assert sorted(Counter(labels[labels >= 100].tolist()).values()) == [2, 3, 3]
+
+
+@pytest.mark.parametrize("memory", [None, pictures(0)])
+def test_without_memory_a_batch_is_full_of_fresh_samples(memory: LabelledPictures | None) -> None:
+    """No room is kept for old samples that there are not."""
+    assert [len(labels) for _, labels in one_pass(pictures(40), memory)] == [16, 16, 8]
+
+
+def test_old_samples_are_drawn_uniformly() -> None:
+    """Over many batches each old sample is rehearsed about as often as any other."""
+    given = one_pass(pictures(200).take([0] * 4000), pictures(20, first=100), batch_size=16)
+    counts = Counter(label for _, labels in given for label in labels.tolist() if label >= 100)
+    mean = 4000 / 20
+    assert sum(counts.values()) == 4000
+    chi_square = sum((counts[label] - mean) ** 2 / mean for label in range(100, 120))
+    assert chi_square < 43.8  # p = .001 at 19 degrees of freedom
+
+
+def test_the_order_is_the_seeds() -> None:
+    """The same seed gives the same batches, and another seed another order."""
+    one, same, other = (
+        torch.cat([labels for _, labels in one_pass(pictures(50), pictures(50), seed=seed)])
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_a_share_near_one_still_learns() -> None:
+    """At least one sample of a batch is fresh."""
+    given = one_pass(pictures(3), pictures(100, first=100), batch_size=4, rehearsal=0.99)
+    assert [int((labels < 100).sum()) for _, labels in given] == [1, 1, 1]
+
+
+def test_shift_moves_each_picture_by_its_own_offset() -> None:
+    """Every picture equals a hand-made move with repeated edges, and all offsets occur."""
+    pixels = torch.randint(
+        0, 256, (300, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    moved = shift(pixels, 2, torch.Generator().manual_seed(1))
+    assert moved.shape == pixels.shape
+    assert moved.dtype == torch.uint8
+
+    def by_hand(picture: Tensor, down: int, right: int) -> Tensor:
+        out = torch.empty_like(picture)
+        for y in range(5):
+            for x in range(7):
+                source_y, source_x = min(max(y + down, 0), 4), min(max(x + right, 0), 6)
+                out[:, y, x] = picture[:, source_y, source_x]
+        return out
+
+    seen = set()
+    offsets = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
+    for picture, got in zip(pixels[:60], moved[:60], strict=True):
+        fitting = [o for o in offsets if torch.equal(by_hand(picture, *o), got)]
+        assert len(fitting) == 1
+        seen.add(fitting[0])
+    assert len(seen) > 15
+    assert {down for down, _ in seen} == {right for _, right in seen} == {-2, -1, 0, 1, 2}
+
+
+def test_no_shift_returns_the_pictures_as_they_are() -> None:
+    """Zero pixels costs nothing and draws nothing from the generator."""
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    pixels = pictures(3).pixels
+    assert shift(pixels, 0, generator) is pixels
+    assert torch.equal(generator.get_state(), state)

@@ -1,0 +1,101 @@
+"""Which labels are fresh follows from the labels, the feed and the lineage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from flows.feed import list_batches
+from flows.fresh import Labels, fresh_set, gather_labels, retrain_key
+from flows.settings import Settings, load_settings
+
+
+def labels(**pairs: str) -> Labels:
+    ids = sorted(pairs)
+    table = pd.DataFrame({"sample_id": [f"b/{i}" for i in ids], "label": [pairs[i] for i in ids]})
+    return Labels(table, ())
+
+
+def learned(*rows: tuple[str, str]) -> pd.DataFrame:
+    return pd.DataFrame([(f"b/{i}", label) for i, label in rows], columns=["sample_id", "label"])
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    path = tmp_path / "sustain.toml"
+    path.write_text('[model]\nname = "m"\n')
+    for name in ("x", "y"):
+        folder = tmp_path / "feed" / "b1" / name
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "1.png")
+    (tmp_path / "labels").mkdir()
+    return load_settings(path, environ={})
+
+
+def test_learned_labels_are_not_fresh() -> None:
+    """A label is fresh until the lineage has learned it."""
+    fresh = fresh_set(labels(a="x", b="y"), learned(("a", "x")))
+    assert list(fresh.table["sample_id"]) == ["b/b"]
+
+
+def test_a_corrected_label_is_fresh() -> None:
+    """The same sample with another label has to be learned again."""
+    fresh = fresh_set(labels(a="y"), learned(("a", "x")))
+    assert list(fresh.table["label"]) == ["y"]
+
+
+def test_the_newest_lesson_counts() -> None:
+    """A label that was corrected, learned, and stays is not fresh because of the older lesson."""
+    assert len(fresh_set(labels(a="y"), learned(("a", "y"), ("a", "x")))) == 0
+
+
+def test_nothing_learned_and_nothing_labelled() -> None:
+    """Empty tables have no fresh labels and no classes."""
+    fresh = fresh_set(labels(), learned())
+    assert (len(fresh), fresh.classes) == (0, 0)
+
+
+def test_labels_that_came_with_the_batch_count(settings: Settings) -> None:
+    """Class folders are labels that came at once."""
+    batches = list_batches(settings.feed, settings.root)
+    found = gather_labels(settings, batches, ("x", "y"))
+    assert found.of_batch("b1") == {"b1/x/1.png": "x", "b1/y/1.png": "y"}
+
+
+def test_a_late_label_corrects_an_early_one(settings: Settings) -> None:
+    """The labels folder wins over the class folder."""
+    (settings.root / "labels" / "1.csv").write_text("sample_id,label\nb1/x/1.png,y\n")
+    batches = list_batches(settings.feed, settings.root)
+    assert gather_labels(settings, batches, ("x", "y")).of_batch("b1")["b1/x/1.png"] == "y"
+
+
+def test_labels_for_nothing_are_reported(settings: Settings) -> None:
+    """A label for a batch that the feed does not hold is told, and left out."""
+    (settings.root / "labels" / "1.csv").write_text("sample_id,label\ngone/1.png,x\n")
+    found = gather_labels(settings, list_batches(settings.feed, settings.root), ("x", "y"))
+    assert "gone/1.png" not in set(found.table["sample_id"])
+    assert any("1 labels are for samples of batches that the feed does not hold" in p
+               for p in found.problems)  # fmt: skip
+
+
+def test_labels_of_unknown_classes_are_reported(settings: Settings) -> None:
+    """A class that nobody named is told with the way out, never guessed."""
+    (settings.root / "labels" / "1.csv").write_text("sample_id,label\nb1/x/1.png,zebra\n")
+    found = gather_labels(settings, list_batches(settings.feed, settings.root), ("x", "y"))
+    assert "b1/x/1.png" not in found.of_batch("b1")
+    assert any("zebra" in p and "add these to classes" in p for p in found.problems)
+
+
+def test_the_key_follows_champion_labels_and_settings(settings: Settings, tmp_path: Path) -> None:
+    """Same champion, labels and settings: same key; any of them changed: another."""
+    one, other = fresh_set(labels(a="x"), learned()), fresh_set(labels(a="y"), learned())
+    key = retrain_key(1, one, settings)
+    assert key == retrain_key(1, fresh_set(labels(a="x"), learned()), settings)
+    path = tmp_path / "other.toml"
+    path.write_text('[model]\nname = "m"\n[training]\nepochs = 99\n')
+    changed = load_settings(path, environ={})
+    assert len({key, retrain_key(2, one, settings), retrain_key(1, other, settings),
+                retrain_key(1, one, changed)}) == 4  # fmt: skip

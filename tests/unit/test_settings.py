@@ -1,0 +1,136 @@
+"""Settings: one TOML file a model, overridden by the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from flows.settings import SECTIONS, Settings, SettingsError, load_settings, write_template
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "sustain.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_template_is_the_defaults(tmp_path: Path) -> None:
+    """What `sustain init` writes loads as the defaults, but for the name."""
+    path = tmp_path / "sustain.toml"
+    write_template(path, "digits")
+    settings = load_settings(path, environ={})
+    default = Settings(path)
+    assert settings.model.name == "digits"
+    for section in SECTIONS:
+        if section != "model":
+            assert getattr(settings, section) == getattr(default, section)
+
+
+def test_the_template_explains_every_key() -> None:
+    """No key is missing from the template, and none is there that does not exist."""
+    text = (Path(__file__).parents[2] / "flows" / "template.toml").read_text()
+    keys = {name: set(values) for name, values in tomllib.loads(text).items()}
+    assert keys == {
+        name: {f.name for f in dataclasses.fields(section)} for name, section in SECTIONS.items()
+    }
+
+
+def test_the_template_overwrites_nothing(tmp_path: Path) -> None:
+    """A file that is there stays as it is."""
+    path = written(tmp_path, "mine")
+    with pytest.raises(SettingsError, match="is there already; it was left as it is"):
+        write_template(path, "digits")
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model\nname = 1", "cannot be read as TOML"),
+        ("", r"\[model\] name is missing"),
+        (
+            '[modle]\nname = "a"',
+            r"no section \[modle\] \(did you mean 'model'\?\); allowed: model,",
+        ),
+        ('[model]\nname = "a"\narchitectur = "x"', r"no key 'architectur' \(did you mean 'arch"),
+        ('model = "digits"', "model must be a section"),
+        ('[model]\nname = "a"\n[training]\nepochs = 0', "epochs must be at least 1, got 0"),
+        ('[model]\nname = "a"\n[training]\nepochs = "many"', r"epochs = 'many'.*integer"),
+        (
+            '[model]\nname = "a"\n[training]\nrehearsal = 1.0',
+            "rehearsal must be at least 0 and bel",
+        ),
+        ('[model]\nname = "a"\n[gate]\nalpha = 5', "alpha must lie between 0 and 1, got 5"),
+        ('[model]\nname = "a"\n[detection]\nalpha = 0.0', "alpha"),
+        ('[model]\nname = "a"\n[feed]\nclosed_by = "hope"', r"closed_by = 'hope'.*'rename'"),
+        ('[model]\nname = "a/b"', "name must not hold"),
+        ('[model]\nname = "a"\nchannels = 2', "channels must be 1 or 3, got 2"),
+        ('[model]\nname = "a"\nmean = [0.5]', "mean and std need one value a channel"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
+    """A wrong file, section, key or value is refused by its name, with what is allowed."""
+    with pytest.raises(SettingsError, match=f"(?s){message}"):
+        load_settings(written(tmp_path, text), environ={})
+
+
+def test_a_missing_file_says_the_way_out(tmp_path: Path) -> None:
+    """No settings: the message names `sustain init`."""
+    with pytest.raises(SettingsError, match="sustain init NAME"):
+        load_settings(tmp_path / "none.toml", environ={})
+
+
+def test_the_environment_overrides(tmp_path: Path) -> None:
+    """SUSTAIN_SECTION_KEY wins over the file, with TOML's types or as a string."""
+    path = written(tmp_path, '[model]\nname = "a"\n[training]\nepochs = 3')
+    settings = load_settings(
+        path,
+        environ={
+            "SUSTAIN_TRAINING_EPOCHS": "7",
+            "SUSTAIN_TRAINING_L2_SP": "0.5",
+            "SUSTAIN_MODEL_CLASSES": '["x", "y"]',
+            "SUSTAIN_SERVERS_MLFLOW": "http://127.0.0.1:5001",
+        },
+    )
+    assert settings.training.epochs == 7
+    assert settings.training.l2_sp == 0.5
+    assert settings.model.classes == ("x", "y")
+    assert settings.mlflow_uri == "http://127.0.0.1:5001"
+
+
+def test_an_unknown_variable_is_refused(tmp_path: Path) -> None:
+    """A misspelt variable is an error, not silence."""
+    with pytest.raises(SettingsError, match=r"SUSTAIN_TRAINING_EPOCH names no setting.*EPOCHS"):
+        load_settings(
+            written(tmp_path, '[model]\nname = "a"'), environ={"SUSTAIN_TRAINING_EPOCH": "7"}
+        )
+
+
+def test_standard_variables_fill_what_is_unset(tmp_path: Path) -> None:
+    """MLFLOW_TRACKING_URI and PREFECT_API_URL count when the settings name no address."""
+    environ = {"MLFLOW_TRACKING_URI": "http://m:1", "PREFECT_API_URL": "http://p:2/api"}
+    unset = load_settings(written(tmp_path, '[model]\nname = "a"'), environ=environ)
+    assert (unset.mlflow_uri, unset.servers.prefect) == ("http://m:1", "http://p:2/api")
+    named = load_settings(
+        written(tmp_path, '[model]\nname = "a"\n[servers]\nmlflow = "http://own:3"'),
+        environ=environ,
+    )
+    assert named.mlflow_uri == "http://own:3"
+
+
+def test_a_local_database_lies_beside_the_file(tmp_path: Path) -> None:
+    """A relative SQLite path starts from the TOML's folder, wherever the command runs."""
+    settings = load_settings(written(tmp_path, '[model]\nname = "a"'), environ={})
+    assert settings.mlflow_uri == f"sqlite:///{tmp_path.resolve() / 'mlflow.db'}"
+
+
+def test_bootstrap_keeps_its_own_defaults(tmp_path: Path) -> None:
+    """A [bootstrap] with one key set still trains without rehearsal and without freezing."""
+    text = '[model]\nname = "a"\n[bootstrap]\nepochs = 5'
+    settings = load_settings(written(tmp_path, text), environ={})
+    assert settings.bootstrap.epochs == 5
+    assert settings.bootstrap.rehearsal == 0.0
+    assert not settings.bootstrap.freeze_batch_norm

@@ -1,0 +1,162 @@
+"""Folders and buckets: links do not lead out, and what changes while it is read is noticed."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from samples import SEEN, as_dict, names, parquet, picture, read, reasons, write
+
+import flows.intake
+import flows.storage
+from flows.batches import read_batch, read_own_labels
+from flows.feed import BatchNotReady, FeedSettings, list_batches
+from flows.labels import read_labels
+from sft.pictures import decode
+
+# --- links and names
+
+
+def test_links_out_of_the_batch_are_not_followed(root: Path) -> None:
+    """A link to a picture outside, a linked folder or shard is quarantined; inside is fine."""
+    outside = root / "outside"
+    shard = parquet(image=[picture(7)])
+    write(outside, {"secret.png": picture(5), "more/secret.png": picture(6), "s.parquet": shard})
+    write(root / "feed", {"b/good.png": picture(1), "b/second.png": picture(2)})
+    batch = root / "feed/b"
+    (batch / "secret.png").symlink_to(outside / "secret.png")
+    (batch / "relative.png").symlink_to("../../outside/secret.png")
+    (batch / "more").symlink_to(outside / "more")
+    (batch / "s.parquet").symlink_to(outside / "s.parquet")
+    (batch / "metadata.csv").symlink_to(outside / "secret.png")
+    (batch / "gone.png").symlink_to("nothing.png")
+    (batch / "loop").symlink_to(".")
+    (batch / "inside.png").symlink_to("good.png")
+    data = read(root, FeedSettings(max_bad_share=1.0))
+    assert names(data) == ["b/good.png", "b/inside.png", "b/second.png"]
+    leaves = "path leaves the batch: a link to a place outside of it"
+    assert reasons(data) == {
+        "b/secret.png": leaves,
+        "b/relative.png": leaves,
+        "b/more": leaves,
+        "b/s.parquet": leaves,
+        "b/gone.png": "a link to a missing file",
+        "b/loop": "a link to a folder, which is not followed",
+    }
+    assert data.notes[0].startswith(f"metadata.csv: {leaves}; no labels")
+
+
+def test_a_file_that_turns_into_a_link_is_not_followed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was a file when it was listed is looked at again when it is opened."""
+    write(root / "outside", {"secret.png": picture(5)})
+    write(root / "feed", {"b/1.png": picture(1), "b/2.png": picture(2)})
+    taken: list[bytes] = []
+
+    def decode_while_linking(content: bytes, *given: Any, **options: Any) -> Any:
+        taken.append(content)
+        (root / "feed/b/2.png").unlink(missing_ok=True)
+        (root / "feed/b/2.png").symlink_to(root / "outside/secret.png")
+        return decode(content, *given, **options)
+
+    (batch,) = list_batches(FeedSettings(), root)
+    monkeypatch.setattr(flows.intake, "decode", decode_while_linking)
+    with pytest.raises(BatchNotReady):
+        read_batch(batch, FeedSettings(), root, SEEN)
+    assert taken == [picture(1)]
+
+
+def test_a_name_that_is_not_utf8_is_quarantined(root: Path) -> None:
+    """A file name that no table can hold is named in escapes."""
+    write(root / "feed", {"b/good.png": picture()})
+    try:
+        Path(os.fsdecode(os.fsencode(root / "feed/b") + b"/\xff.png")).write_bytes(picture())
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    assert reasons(read(root)) == {"b/\\udcff.png": "its file name is not UTF-8"}
+
+
+# --- buckets, by fsspec's memory file system
+
+
+class Restless(MemoryFileSystem):
+    """A bucket in which somebody writes while it is read."""
+
+    protocol = "restless"
+    root_marker = "/"
+    store: dict[str, Any] = {}  # noqa: RUF012 -- MemoryFileSystem keeps its files on the class
+    pseudo_dirs = [""]  # noqa: RUF012
+    writes: list[tuple[str, bytes]] = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("restless://", "/")))
+
+    def cat_file(self, path: str, *given: Any, **options: Any) -> bytes:
+        content = super().cat_file(path, *given, **options)
+        if self.writes:
+            self.pipe_file(*self.writes.pop(0))
+        return bytes(content)
+
+
+def test_a_bucket_reads_like_a_folder(
+    bucket: tuple[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every form of a batch and the labels are read over a bucket, a few files at a time."""
+    url, fs = bucket
+    monkeypatch.setattr(flows.storage, "_CHUNK_FILES", 2)
+    files = {f"b/cat/{i}[1].png": picture(i) for i in range(5)}
+    files |= {"b/s.parquet": parquet(image=[picture(8)]), "b/bad.png": b"bad", "b/e.png": b""}
+    files |= {"b/../x.png": picture(), "m/1.png": picture(), "b/_SUCCESS": b"", "b/n.txt": b"x"}
+    files |= {
+        "m/metadata.csv": b"file_name,label\n1.png,dog\n",
+        "m/_SUCCESS": b"",
+        "open/1.png": b"",
+    }
+    for name, content in files.items():
+        fs.pipe_file(f"{url}/feed/{name}", content)
+    fs.pipe_file(f"{url}/labels/1.csv", b"sample_id,label\nx,NA\n")
+    before = {path: fs.cat_file(path) for path in fs.find(url)}
+    settings = FeedSettings(f"{url}/feed", f"{url}/labels", closed_by="success", max_bad_share=0.5)
+    first, second = sorted(list_batches(settings, root), key=lambda batch: batch.id)
+    assert (first.id, first.url) == ("b", f"{url}/feed/b")
+    assert first.arrived is not None
+    data = read_batch(first, settings, root, SEEN)
+    assert names(data) == [*(f"b/cat/{i}[1].png" for i in range(5)), "b/s-0"]
+    assert data.encoded[3] == picture(3)
+    assert reasons(data) == {
+        "b/bad.png": "not a picture",
+        "b/e.png": "empty file",
+        "b/../x.png": "path leaves the batch",
+    }
+    assert read_batch(second, settings, root, SEEN).samples["label"].tolist() == ["dog"]
+    assert read_own_labels(second, settings, root) == {"m/1.png": "dog"}
+    assert as_dict(read_labels(settings, root)) == {"x": "NA"}
+    assert {path: fs.cat_file(path) for path in fs.find(url)} == before
+
+
+def test_a_bucket_that_changes_while_it_is_read(root: Path) -> None:
+    """A batch that grows is put off; a label file that is replaced is read again, or told."""
+    fsspec.register_implementation("restless", Restless, clobber=True)
+    fs = fsspec.filesystem("restless")
+    settings = FeedSettings("restless://feed", "restless://labels")
+    fs.pipe_file("/feed/b/1.png", picture(1))
+    (batch,) = list_batches(settings, root)
+    fs.writes[:] = [("/feed/b/2.png", picture(2))]
+    with pytest.raises(BatchNotReady, match="changed while it was read"):
+        read_batch(batch, settings, root, SEEN)
+    (batch,) = list_batches(settings, root)
+    assert names(read_batch(batch, settings, root, SEEN)) == ["b/1.png", "b/2.png"]
+
+    fs.pipe_file("/labels/1.csv", b"sample_id,label\nx,old\n")
+    fs.writes[:] = [("/labels/1.csv", b"sample_id,label\nx,new\ny,new\n")]
+    assert as_dict(read_labels(settings, root)) == {"x": "new", "y": "new"}
+    fs.writes[:] = [("/labels/1.csv", b"sample_id,label\n" + b"x,y\n" * n) for n in range(3, 6)]
+    (problem,) = read_labels(settings, root).problems
+    assert problem == (
+        "restless://labels/1.csv: it changed each of the 3 times that it was read; "
+        "the file was passed over"
+    )
