@@ -12,7 +12,6 @@ from prefect import flow
 from flows.registry import Registry, RegistryError, Version
 from flows.settings import load_settings
 
-
 BY = "rollback"
 
 

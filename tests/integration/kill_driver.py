@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import mlflow.pyfunc
-import mlflow.store.model_registry.sqlalchemy_store
-import mlflow.store.tracking.sqlalchemy_store
+import mlflow.store.model_registry.sqlalchemy_store  # MLflow imports these two when first used
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import numpy as np
 import torch._dynamo
 from mlflow import MlflowClient
@@ -107,10 +107,14 @@ class World:
         shutil.copytree(self.folder / state, self.work)
 
 
+def _bootstrap(world: World) -> object:
+    return flows.bootstrap.bootstrap(world.settings, data=str(world.folder / "first"))
+
+
 SCENARIOS = {
     s.name: s
     for s in (
-        Scenario("bootstrap", "empty", lambda w: _bootstrap(w)),
+        Scenario("bootstrap", "empty", _bootstrap),
         Scenario("check", "arrived", lambda w: watch(w.settings)),
         Scenario("chain", "labelled", lambda w: watch(w.settings)),
         Scenario("retrain", "labelled", lambda w: flows.retrain.retrain(w.settings)),
@@ -129,10 +133,6 @@ SCENARIOS = {
         ),
     )
 }
-
-
-def _bootstrap(world: World) -> object:
-    return flows.bootstrap.bootstrap(world.settings, data=str(world.folder / "first"))
 
 
 # ---- the world
@@ -358,7 +358,9 @@ class Child:
         status = self.wait()
         if status or not self.answer.exists():
             raise RuntimeError(f"a child ended with status {status} and without an answer")
-        return cast("dict[str, Any]", json.loads(self.answer.read_text()))
+        answer = json.loads(self.answer.read_text())
+        self.answer.unlink()
+        return cast("dict[str, Any]", answer)
 
 
 def start(
@@ -587,7 +589,8 @@ def main() -> None:
     world = World(Path(sys.argv[1]).resolve())
     warm_up()
     prepare(world)
-    print(json.dumps("ready"), flush=True)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         request = json.loads(line)
         case, scenario = CASES[request.pop("case")], SCENARIOS[request.pop("scenario")]
@@ -595,7 +598,8 @@ def main() -> None:
             answer = case(world, scenario, **request)
         except Exception as error:  # noqa: BLE001 - the test shows it
             answer = {"broken": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

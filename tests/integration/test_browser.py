@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from flows.fresh import fresh_set, gather_labels
 from flows.feed import list_batches
+from flows.fresh import fresh_set, gather_labels
 from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.retrain import retrain
 from flows.servers import start_mlflow, stop, wait_until_healthy
@@ -23,10 +23,16 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 NAME = "handwriting"
-CHROMIUM = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-    " --disable-background-networking --disable-component-update --disable-sync"
-).split()
+CHROMIUM = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 NO_ASSISTANT = """
     localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
     localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");

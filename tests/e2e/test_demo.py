@@ -1,0 +1,142 @@
+"""From an empty folder to a promoted and a rolled-back model, by the commands of README."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.registry import Registry
+from flows.settings import load_settings
+
+
+def sustain(*arguments: str, cwd: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+    run = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=cwd,
+        env={**environment, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run the demo once, with no server running beforehand."""
+    folder = tmp_path_factory.mktemp("e2e")
+    return folder, sustain("demo", "--folder", "demo", cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def registry(told: tuple[Path, str]) -> Registry:
+    return Registry(load_settings(told[0] / "demo" / "sustain.toml", environ={}))
+
+
+def test_version_2_was_promoted_and_rolled_back(registry: Registry) -> None:
+    """The record shows both, and version 1 serves."""
+    first, second = registry.versions()
+    assert registry.alias("champion") == 1
+    assert (second.parent, second.verdict, second.verdict_against) == (1, "promote", 1)
+    assert second.tags["promoted_from"] == "1"
+    assert second.rolled_back
+    assert second.tags["reason"] == "the demo shows how"
+    assert first.tags["verdict"] == "first"
+    assert not first.rolled_back
+
+
+def test_the_known_world_is_quiet_and_the_new_one_rings(registry: Registry) -> None:
+    """Against version 1 every optical batch rings, and at most one MNIST batch does."""
+    checks = registry.checks(1)
+    optical = [c for c in checks if c.key.batch_id.startswith("optical")]
+    mnist = [c for c in checks if c.key.batch_id.startswith("mnist")]
+    assert len(optical) == 9
+    assert all(c.alarm for c in optical)
+    assert len(mnist) == 6
+    assert sum(c.alarm for c in mnist) <= 1
+
+
+def test_both_worlds_are_known_to_version_2(registry: Registry) -> None:
+    """After the promotion neither the new world nor the old one, back again, rings."""
+    checks = registry.checks(2)
+    assert {c.tags["sustain.regime"] for c in checks} == {"first", "since v1"}
+    assert sum(c.alarm for c in checks) <= 1
+
+
+def test_estimates_are_settled_by_late_labels(registry: Registry) -> None:
+    """Where labels came, the true accuracy stands beside the estimate."""
+    settled = [c for c in registry.checks(1) if "accuracy.settled" in c.metrics]
+    assert len(settled) == 6
+    for check in settled:
+        metrics = check.metrics
+        assert metrics["accuracy.settled_n"] > 40
+        assert metrics["accuracy.settled_low"] <= metrics["accuracy.settled"]
+        assert metrics["accuracy.estimate_error"] == pytest.approx(
+            metrics["accuracy.estimated"] - metrics["accuracy.settled"]
+        )
+
+
+def test_the_accuracy_that_was_promised(told: tuple[Path, str]) -> None:
+    """On digits that nobody saw: optical from under .30 to over .90, MNIST within 2 points."""
+    rows = re.findall(r"^│ (\d)\s+│ (0\.\d+)\s+│ (0\.\d+)", told[1], re.MULTILINE)
+    (_, old_mnist, old_optical), (_, new_mnist, new_optical) = (tuple(map(float, r)) for r in rows)
+    assert old_optical < 0.30
+    assert new_optical > 0.90
+    assert new_mnist >= old_mnist - 0.02
+
+
+def test_what_to_open_is_named(told: tuple[Path, str]) -> None:
+    """The demo ends with the command that shows it, and says what the fall owes to framing."""
+    assert "sustain ui -s" in told[1]
+    assert "framing" in told[1]
+
+
+def test_watch_again_has_nothing_to_do(told: tuple[Path, str]) -> None:
+    """The same labels never make a second version, and the rolled-back one stays back."""
+    path = str(told[0] / "demo" / "sustain.toml")
+    said = sustain("watch", "-s", path, cwd=told[0])
+    assert said.startswith("nothing to do: 15 batches are checked against version 1")
+    assert "version 2" in sustain("retrain", "-s", path, cwd=told[0])
+    registry = Registry(load_settings(Path(path), environ={}))
+    assert [v.number for v in registry.versions()] == [1, 2]
+    assert registry.alias("champion") == 1
+
+
+def test_the_version_serves_and_can_be_trained_again(registry: Registry) -> None:
+    """`models:/digits@champion` answers base64 and arrays alike, and can be trained on."""
+    import base64
+    import io
+
+    import mlflow.pyfunc
+    import numpy as np
+    import pandas as pd
+    import torch
+    from PIL import Image
+
+    from flows.demo import _mnist
+
+    mlflow.set_registry_uri(registry.uri)
+    mlflow.set_tracking_uri(registry.uri)
+    served = mlflow.pyfunc.load_model("models:/digits@champion")
+    pictures = _mnist().pictures[-8:]
+    encoded = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        encoded.append(base64.b64encode(buffer.getvalue()).decode())
+    by_text = served.predict(pd.DataFrame({"image": encoded}))
+    by_array = served.predict(np.asarray(pictures))
+    assert list(by_text["class"]) == list(by_array["class"])
+    assert set(by_text["probabilities"].iloc[0]) == {str(digit) for digit in range(10)}
+    network = registry.network(registry.champion()).train()
+    loss = network(torch.from_numpy(pictures).unsqueeze(1)).square().mean()
+    loss.backward()
+    assert all(p.grad is not None for p in network.parameters())
