@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -39,17 +39,23 @@ NO_ASSISTANT = """
 """
 
 
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Find the installed Chromium, before anything slow is begun."""
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.fail("this test needs a browser on PATH: apt-get install chromium")
+    return found
+
+
 @contextmanager
-def page_of_browser() -> Iterator[Page]:
+def page_of_browser(chromium: str) -> Iterator[Page]:
     """Open a page in the installed Chromium.
 
     No flow may run inside: Playwright keeps an event loop in this thread, and Prefect would use it.
     """
     from playwright.sync_api import sync_playwright
 
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.fail("this test needs a browser on PATH: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
         try:
@@ -103,9 +109,9 @@ def fold_tags(page: Page) -> None:
     page.get_by_text("sustain.champion_seen").wait_for(state="hidden")
 
 
-def move_champion_by_hand(address: str, screenshots: Path) -> None:
+def move_champion_by_hand(chromium: str, address: str, screenshots: Path) -> None:
     """Give the alias to version 1 by clicks and keys, and see where it is before and after."""
-    with page_of_browser() as page:
+    with page_of_browser(chromium) as page:
         open_versions(page, address)
         row_of(page, 2).get_by_text("@ champion").wait_for()
         page.screenshot(path=screenshots / "rollback-1.png")
@@ -127,9 +133,9 @@ def move_champion_by_hand(address: str, screenshots: Path) -> None:
         page.screenshot(path=screenshots / "rollback-3.png")
 
 
-def read_report(url: str, path: Path) -> str:
+def read_report(chromium: str, url: str, path: Path) -> str:
     """Open a check's report in the UI's Artifacts tab; return the text of its frame."""
-    with page_of_browser() as page:
+    with page_of_browser(chromium) as page:
         page.goto(url)
         page.get_by_role("tab", name="Artifacts", selected=True).wait_for()
         report = page.frame_locator("iframe[sandbox]")
@@ -148,7 +154,7 @@ def fresh_labels(registry: Registry, settings: Settings) -> set[str]:
 
 
 def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
-    small_world: Callable[[str], object], free_port: int, screenshots: Path
+    chromium: str, small_world: Callable[[str], Any], free_port: int, screenshots: Path
 ) -> None:
     """A click moves the champion; the next watch checks against it and keeps the loser down."""
     world = small_world(NAME)
@@ -159,10 +165,10 @@ def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
     assert registry.alias(CHAMPION) == 2, promoted
     assert "version 2 (made) was promoted" in promoted.retrained
     assert not fresh_labels(registry, settings)
-    learned = {name for name in registry.learned(registry.version(2))["sample_id"]}
+    learned = set(registry.learned(registry.version(2))["sample_id"])
 
     with mlflow_server(settings, free_port) as address:
-        move_champion_by_hand(address, screenshots)
+        move_champion_by_hand(chromium, address, screenshots)
         assert registry.alias(CHAMPION) == 1
         assert not registry.version(2).rolled_back  # nobody of ours has seen the move yet
 
@@ -203,7 +209,7 @@ def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
         assert [version.number for version in registry.versions()] == [1, 2]
 
         path = registry.run_url(checked.run_id, artifact="report.html").partition("/#/")[2]
-        report = read_report(f"{address}/#/{path}", screenshots / "report.png")
+        report = read_report(chromium, f"{address}/#/{path}", screenshots / "report.png")
     assert f"Batch {batch} against version 1" in report
     for heading in ("Did it change?", "Does it hurt?", "What changed?", "Column by column"):
         assert heading in report

@@ -141,9 +141,15 @@ def chosen(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
     numbered = [
         (at, where) for at, where in numbered if not where.startswith("after write") or at == last
     ]
-    if scenario == "refused":  # up to the version, it is the retraining that is promoted
+    if scenario in ("retrain", "refused"):
+        # up to the version these are the steps of the chain, and a few stand for them
         version = next(at for at, where in numbered if "create_model_version" in where)
-        return [(at, where) for at, where in numbered if at >= version]
+        kinds = ("(create_run", "after epoch 2", "file", "lineage.json")
+        return [
+            (at, where)
+            for at, where in numbered
+            if at >= version or (scenario == "retrain" and any(kind in where for kind in kinds))
+        ]
     return numbered
 
 

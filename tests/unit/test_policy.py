@@ -57,7 +57,8 @@ def ago(hours: float) -> datetime:
         ),
         pytest.param(
             replace(
-                SHIFTED, novelty=0.6, believable=False, settled=0.89, settled_n=80, settled_high=0.95
+                SHIFTED, novelty=0.6, believable=False,
+                settled=0.89, settled_n=80, settled_high=0.95,
             ),
             LABELS, NOTHING, "watch", ["0.890 on 80 labels"], id="labels-told",
         ),
