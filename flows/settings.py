@@ -220,7 +220,6 @@ def export_to_environment(settings: Settings) -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # 20 is often too short
         "DO_NOT_TRACK": "true",
-        "GOMP_SPINCOUNT": "0",  # two busy processes starve each other otherwise
         "GIT_PYTHON_REFRESH": "quiet",
     }
     for name, value in defaults.items():

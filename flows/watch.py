@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
+from uuid import NAMESPACE_OID, uuid5
 
 import numpy as np
 import pandas as pd
@@ -350,6 +351,7 @@ def start_retraining(
             "check": cause.run_id,
             "reason": decision.reason,
         },
+        id=uuid5(NAMESPACE_OID, key),  # told again, it is still the same event
     )
     why = f"drift in batch {cause.key.batch_id}"
     parameters = {"settings_path": str(settings.path), "cause": why}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from flows.registry import Registry
@@ -108,6 +111,42 @@ def test_watch_again_has_nothing_to_do(told: tuple[Path, str]) -> None:
     registry = Registry(load_settings(Path(path), environ={}))
     assert [v.number for v in registry.versions()] == [1, 2]
     assert registry.alias("champion") == 1
+
+
+def test_the_uis_show_what_was_made(told: tuple[Path, str]) -> None:
+    """`sustain ui` starts both UIs on the demo's record, and Ctrl-C leaves no process behind."""
+    folder, ports = told[0], [_free_port(), _free_port()]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
+    command = [sys.executable, "-m", "flows.cli", "ui", "-s", str(folder / "demo" / "sustain.toml")]
+    command += ["--mlflow-port", str(ports[0]), "--prefect-port", str(ports[1])]
+    with subprocess.Popen(
+        command, env={**environment, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if "Ctrl-C" in line:
+                    break
+            runs = httpx.post(f"http://127.0.0.1:{ports[1]}/api/flow_runs/filter", json={})
+            names = {run["name"] for run in runs.json()}
+            assert len(names) > 5
+            found = httpx.get(
+                f"http://127.0.0.1:{ports[0]}/api/2.0/mlflow/registered-models/alias",
+                params={"name": "digits", "alias": "champion"},
+            )
+            assert found.json()["model_version"]["version"] == "1"
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def test_the_version_serves_and_can_be_trained_again(registry: Registry) -> None:

@@ -15,11 +15,13 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -551,14 +553,27 @@ def killed(
         real_report=real_report,
     )
     status = child.wait()
+    unjudged = _unjudged_champion(world)
     again = run(
         world, scenario.command, scenario.environment, real_report=real_report, with_book=True
     )
     return {
         "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
+        "unjudged": unjudged,
         "errors": [again["error"]],
         "book": again["book"],
     }
+
+
+def _unjudged_champion(world: World) -> list[str]:
+    """Name the champion that a dead command left without a verdict; who reads it asks nobody."""
+    query = """
+        SELECT version FROM registered_model_aliases AS a WHERE alias = 'champion' AND NOT EXISTS
+        (SELECT 1 FROM model_version_tags AS t
+         WHERE t.name = a.name AND t.version = a.version AND t.key = 'verdict')
+    """
+    with closing(sqlite3.connect(world.work / "mlflow.db")) as database:
+        return [str(version) for (version,) in database.execute(query)]
 
 
 def overtaken(world: World, scenario: Scenario, at: int) -> dict[str, Any]:

@@ -180,6 +180,8 @@ def complaint(
     """Say what is wrong with a case; "" when it ended as one or two undisturbed runs do."""
     if "broken" in answer:
         return str(answer["broken"])
+    if answer.get("unjudged"):
+        return f"when it was killed, version {answer['unjudged']} without a verdict was champion"
     if odd := [e for e in answer["errors"] if e and not e.startswith(TWICE)]:
         return f"the command failed: {odd}"
     book = {k: v for k, v in answer["book"].items() if k not in leave}
