@@ -48,8 +48,8 @@ def told_plainly(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             _fail(f"{error.strerror}: {error.filename or 'a file'}; nothing is lost, make room (or"
                   " give the right to write) and run the same command again")  # fmt: skip
-        except Exception as error:
-            if type(error).__module__.split(".")[0] not in ("flows", "sft", "monitoring"):
+        except (ValueError, RuntimeError) as error:
+            if not _is_ours(error):
                 raise
             _fail(str(error))
 
@@ -307,6 +307,15 @@ def _check_prefect(settings: Settings) -> None:
     from flows.servers import require_prefect
 
     require_prefect(settings)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised the error itself, so that its message is meant for a person."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return str(raised_in).split(".")[0] in ("flows", "sft", "monitoring")
 
 
 def _fail(message: str) -> None:

@@ -47,6 +47,14 @@ class FeedSettings:
     max_bytes: int = 64 * 2**20
     storage_options: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share must lie between 0 and 1, got {self.max_bad_share}")
+        for name in ("min_samples", "max_pixels", "max_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,6 +62,8 @@ class Batch:
 
     `digest` is 32 hexadecimal digits over the sorted (path in the batch, size in bytes), `stamp`
     the same with modification times and etags; `arrived` is the newest modification time in UTC.
+    `files` are the paths in the batch; None when there are Parquet shards, whose samples only
+    reading them tells.
     """
 
     id: str
@@ -61,6 +71,12 @@ class Batch:
     digest: str
     stamp: str
     arrived: datetime | None
+    files: frozenset[str] | None = field(default=None, repr=False, compare=False)
+
+    def holds(self, sample_id: str) -> bool:
+        """Whether the batch has such a sample, as far as a listing can tell."""
+        batch_id, _, name = sample_id.partition("/")
+        return batch_id == self.id and (self.files is None or name in self.files)
 
 
 def list_batches(settings: FeedSettings, root: Path) -> list[Batch]:
@@ -122,7 +138,15 @@ def describe(place: Place, batch_id: str, entries: dict[str, Entry]) -> Batch:
         digest.update(line)
         stamp.update(line + f"{entry.version}\0".encode())
     arrived = max((e.modified for e in files.values() if e.modified), default=None)
-    return Batch(batch_id, place.shown, digest.hexdigest()[:32], stamp.hexdigest()[:32], arrived)
+    shards = any(name.endswith(".parquet") and name != "metadata.parquet" for name in files)
+    return Batch(
+        id=batch_id,
+        url=place.shown,
+        digest=digest.hexdigest()[:32],
+        stamp=stamp.hexdigest()[:32],
+        arrived=arrived,
+        files=None if shards else frozenset(files),
+    )
 
 
 def check_ready(

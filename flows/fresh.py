@@ -59,7 +59,7 @@ class FreshSet:
 def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequence[str]) -> Labels:
     """Gather the labels that came late and those that came with their batch.
 
-    A late label corrects one that came with the batch. Labels for batches that the feed does not
+    A late label corrects one that came with the batch. Labels for samples that the feed does not
     hold and of classes that nobody named are reported, never guessed.
     """
     late = read_labels(settings.feed, settings.root)
@@ -67,15 +67,18 @@ def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequenc
     own_labels = {name: label for labels in own for name, label in labels.items()}
     late_labels = dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
     merged = {**own_labels, **late_labels}
-    known_batches = {batch.id for batch in batches}
+    by_id = {batch.id: batch for batch in batches}
     known_classes = {*classes, *settings.model.classes}
     problems = list(late.problems)
 
-    lost = [name for name in merged if name.split("/", 1)[0] not in known_batches]
+    lost = [
+        name
+        for name in merged
+        if (batch := by_id.get(name.split("/", 1)[0])) is None or not batch.holds(name)
+    ]
     if lost:
         problems.append(
-            f"{len(lost)} labels are for samples of batches that the feed does not hold"
-            f" (first: {lost[0]})"
+            f"{len(lost)} labels are for samples that the feed does not hold (first: {lost[0]})"
         )
     odd = sorted({label for label in merged.values() if label not in known_classes})
     if odd:

@@ -26,7 +26,7 @@ _CHUNK_BYTES = 32 * 2**20
 _ATTEMPTS = 3
 
 
-class FeedError(Exception):
+class FeedError(RuntimeError):
     """The feed, or a batch of it, could not be read; the message says what to do."""
 
 

@@ -10,6 +10,7 @@ every writing method of MlflowClient and every commit of its database, and send 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -62,7 +63,8 @@ batch_size = 8
 learning_rate = 0.002
 
 [training]
-epochs = 3
+epochs = 2
+learning_rate = 0.002
 batch_size = 8
 
 [policy]
@@ -154,6 +156,7 @@ def warm_up() -> None:
     configure_mappers()
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     requirements_utils._init_modules_to_packages_map()
+    gc.freeze()  # a collection in a child would copy all of the parent's pages
 
 
 def prepare(world: World) -> None:

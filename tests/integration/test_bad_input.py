@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from flows.cli import main
 
 if TYPE_CHECKING:
-    from conftest import World
+    from worlds import World
 
 GIVES_UP = 15.0
 
@@ -145,7 +145,7 @@ def test_labels_that_do_not_suffice(small_world: Callable[[str], World]) -> None
     watched = watch(str(world.path))
     assert watched.decision.action == "ask_for_labels"
     assert "30 labels are missing: 0 of 30 are here" in watched.decision.reason
-    assert any("batches that the feed does not hold" in problem for problem in watched.problems)
+    assert any("samples that the feed does not hold" in problem for problem in watched.problems)
 
     write(dict(list(labels.items())[:10]))
     watched = watch(str(world.path))

@@ -22,7 +22,7 @@ from flows.settings import load_settings
 from flows.watch import make_plan, watch
 
 if TYPE_CHECKING:
-    from conftest import World
+    from worlds import World
 
 
 def test_a_check_is_on_record_in_mlflow_and_prefect(small_world: Callable[[str], World]) -> None:

@@ -72,12 +72,13 @@ def test_a_late_label_corrects_an_early_one(settings: Settings) -> None:
     assert gather_labels(settings, batches, ("x", "y")).of_batch("b1")["b1/x/1.png"] == "y"
 
 
-def test_labels_for_nothing_are_reported(settings: Settings) -> None:
-    """A label for a batch that the feed does not hold is told, and left out."""
-    (settings.root / "labels" / "1.csv").write_text("sample_id,label\ngone/1.png,x\n")
+@pytest.mark.parametrize("name", ["gone/1.png", "b1/x/2.png"])
+def test_labels_for_nothing_are_reported(settings: Settings, name: str) -> None:
+    """A label for a batch or a picture that the feed does not hold is told, and left out."""
+    (settings.root / "labels" / "1.csv").write_text(f"sample_id,label\n{name},x\n")
     found = gather_labels(settings, list_batches(settings.feed, settings.root), ("x", "y"))
-    assert "gone/1.png" not in set(found.table["sample_id"])
-    assert any("1 labels are for samples of batches that the feed does not hold" in p
+    assert name not in set(found.table["sample_id"])
+    assert any("1 labels are for samples that the feed does not hold" in p
                for p in found.problems)  # fmt: skip
 
 
