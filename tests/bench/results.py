@@ -1,8 +1,12 @@
-"""What a benchmark leaves behind: `results/NAME.json`, a Markdown table, a closing line."""
+"""What a benchmark leaves behind: `results/NAME.json`, a Markdown table, a closing line.
+
+A README that has the markers `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` gets the table too.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +37,15 @@ def write(name: str, figures: Sequence[Figure]) -> None:
         lines.append(f"| {f.figure} | {f.value:.3g} | {f.target} | {met} | {peers} |")
     table = "\n".join([*lines, ""])
     (FOLDER / f"{name}.md").write_text(table)
+    _put_into_readme(name, table)
     count = sum(figure.met for figure in figures)
     print(table)  # noqa: T201 - the report of a benchmark
     print(f"{count} met, {len(figures) - count} missed")  # noqa: T201
+
+
+def _put_into_readme(name: str, table: str) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+    pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
+    text = readme.read_text()
+    readme.write_text(re.sub(pattern, lambda _: f"{begin}\n{table}{end}", text, flags=re.DOTALL))

@@ -6,7 +6,8 @@ parents and verdicts, the same aliases, each check once with the same decision, 
 open, the same fresh labels. kill_driver.py, beside this file, says how it is done and compared.
 
 The state on disk "just after" a write is the one "just before" the next: unless SUSTAIN_KILL_ALL is
-set, one of the two is tried (as 2 cores then need minutes, not ten). Drift reports are replaced by
+set, one of the two is tried, and what bootstrap, watch and retrain share is tried in the longest
+chain only, so that 2 cores need minutes, not a quarter of an hour. Drift reports are replaced by
 a short file, but for one chain, since Evidently takes seconds for each.
 """
 
@@ -143,9 +144,14 @@ def chosen(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
     numbered = [
         (at, where) for at, where in numbered if not where.startswith("after write") or at == last
     ]
-    if scenario in ("retrain", "refused"):  # up to the version these are the steps of the chain
-        version = next(at for at, where in numbered if "create_model_version" in where)
-        return [(at, where) for at, where in numbered if at >= version]
+    if scenario in ("bootstrap", "retrain", "refused"):  # the chain trains as these do
+        version = next(n for n, where in numbered if "create_model_version" in where)
+        first = ("(create_experiment", "(create_run", "(log_artifacts model", "first file")
+        return [
+            (at, where)
+            for at, where in numbered
+            if at >= version or (scenario == "bootstrap" and any(kind in where for kind in first))
+        ]
     if scenario == "moved":  # then it checks, as above
         return [
             (at, where)
@@ -160,9 +166,11 @@ def held(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
     if scenario != "retrain":
         return []
     found = [(at, where) for at, where in enumerate(boundaries) if where.startswith("before")]
-    runs = [n for n, (_, where) in enumerate(found) if "create_run" in where]
-    made = next(n for n, (_, where) in enumerate(found) if "log_artifacts model" in where)
-    return found if EVERYTHING else [found[n] for n in runs] + found[made:]
+    if EVERYTHING:
+        return found
+    kinds = ("create_run", "log_artifacts model", "create_model_version", "set_terminated", "alias")
+    kinds += (" verdict)", "promoted_at", "champion_seen", "champion_moving")
+    return [(at, where) for at, where in found if any(kind in where for kind in kinds)]
 
 
 def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
