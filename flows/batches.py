@@ -22,6 +22,7 @@ from flows.storage import (
     is_linked_folder,
     open_file,
     open_place,
+    open_ranges,
     read_file,
     read_files,
     unusable,
@@ -90,6 +91,8 @@ def read_own_labels(batch: Batch, settings: FeedSettings, root: Path) -> dict[st
     Raises:
         FeedError: the storage failed.
     """
+    if batch.files is not None and not any("/" in n or n in _METADATA for n in batch.files):
+        return {}  # neither class folders nor metadata nor shards: the listing says it
     place = open_place(batch.url, settings.storage_options, root)
     files = visible(walk(place))
     intake = Intake(batch, settings, Preprocessing(image_size=1), only=None)  # decodes nothing
@@ -270,7 +273,7 @@ def _read_shard_labels(
 ) -> list[tuple[str, str | None]]:
     column = settings.label_column
     try:
-        with _open_shard(place, shard, entry) as parquet:
+        with _open_shard(place, shard, entry, whole=False) as parquet:
             if not {"image", column} <= set(parquet.schema_arrow.names):
                 return []
             names = [name for _, group in _row_names(parquet, shard) for name in group]
@@ -281,11 +284,14 @@ def _read_shard_labels(
 
 
 @contextmanager
-def _open_shard(place: Place, name: str, entry: Entry) -> Iterator[Any]:
-    """Open a shard as a ParquetFile; nearly everything that a broken one can raise is refused."""
+def _open_shard(place: Place, name: str, entry: Entry, *, whole: bool = True) -> Iterator[Any]:
+    """Open a shard as a ParquetFile; nearly everything that a broken one can raise is refused.
+
+    With `whole` a bucket's object is copied first; without it, only what is read is fetched.
+    """
     if problem := unusable(place, name, entry):
         raise Refused(problem)
-    with open_file(place, entry) as file:
+    with (open_file if whole else open_ranges)(place, entry) as file:
         try:
             yield pq.ParquetFile(file)
         except (FeedError, Refused, MemoryError):

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from prefect import flow
 from rich.progress import Progress
+from scipy.stats import binomtest
 
 from flows.batches import read_batch
 from flows.feed import describe_batch
@@ -73,12 +74,14 @@ def bootstrap(
     settings = load_settings(Path(settings_path))
     registry = Registry(settings)
     registry.observe_moves(datetime.now(UTC))
-    if adopt is not None and not Path(adopt).is_file():
-        raise BootstrapError(f"there are no weights to adopt at {adopt}")
+    if adopt is not None:
+        _require_adoptable(settings, adopt)
     pictures, classes, notes = _labelled_pictures(settings, data, labels)
     key = _key(settings, pictures, adopt)
     existing = registry.find_version(key)
     champion = registry.alias(CHAMPION)
+    if champion is not None and "digest" not in registry.version(champion).tags:
+        champion = None  # somebody else's: this is how it is replaced
     if champion is not None and (existing is None or existing.number != champion):
         raise BootstrapError(
             f"model {settings.model.name!r} has a champion already (version {champion}): retrain it"
@@ -188,6 +191,8 @@ def _make(
         {"sample_id": list(pictures.sample_ids), "label": labels, "role": [r.value for r in roles]}
     )
     accuracy = answer(network, holdout).accuracy
+    if adopt is not None:
+        _require_better_than_chance(accuracy, len(holdout), classes)
     made = Package(
         network=network,
         reference=build_reference(network, memory),
@@ -205,6 +210,34 @@ def _make(
     version = registry.register(made, key=key, run_id=run_id, tags={"cause": made.lineage.cause})
     registry.end_run(run_id)
     return version
+
+
+def _require_adoptable(settings: Settings, adopt: str) -> None:
+    """Refuse to guess what a finished model was trained with."""
+    model = settings.model
+    if not Path(adopt).is_file():
+        raise BootstrapError(f"there are no weights to adopt at {adopt}")
+    if not model.classes:
+        raise BootstrapError(
+            "to adopt a model, name its classes under [model], in the order of its head's outputs:"
+            ' classes = ["cat", "dog"]'
+        )
+    if (model.architecture in BUILT_IN or is_factory(model.architecture)) and not model.mean:
+        raise BootstrapError(
+            f"to adopt a model on {model.architecture}, state the mean and std under [model] that"
+            " its pictures were normalised with (pixels in [0, 1])"
+        )
+
+
+def _require_better_than_chance(accuracy: float, n: int, classes: tuple[str, ...]) -> None:
+    """Refuse an adopted model that answers no better than a guess: something about it is wrong."""
+    right = round(accuracy * n)
+    if binomtest(right, n, 1 / len(classes), alternative="greater").pvalue > 0.05:  # noqa: PLR2004 - the usual level
+        raise BootstrapError(
+            f"the adopted model is right on {right} of {n} held-out samples, no better than a guess"
+            f" among {len(classes)} classes: are the classes in the order of its head's outputs,"
+            " and are mean, std, image_size, resize_size and channels those it was trained with?"
+        )
 
 
 def _preprocessing(settings: Settings) -> Preprocessing:

@@ -111,6 +111,8 @@ def watch(settings_file: Path) -> None:
     plan = make_plan(registry, settings, datetime.now(UTC))
     if plan.idle:
         console.print(_idle(plan), markup=False)
+        for problem in plan.labels.problems:
+            console.print(f"not used: {problem}", markup=False)
         return
     _check_prefect(settings)
     from flows.watch import watch as flow
@@ -190,7 +192,7 @@ def status(settings_file: Path) -> None:
         f" {len(plan.fresh)} fresh labels"
     )
     for problem in plan.labels.problems:
-        console.print(f"labels: {problem}", markup=False)
+        console.print(f"not used: {problem}", markup=False)
 
 
 @main.command()
@@ -263,7 +265,7 @@ def show_watched(watched: Watched) -> None:
     for batch, accuracy in watched.settled.items():
         console.print(f"{batch}: true accuracy {accuracy:.3f} on its labels", markup=False)
     for problem in watched.problems:
-        console.print(f"labels: {problem}", markup=False)
+        console.print(f"not used: {problem}", markup=False)
     console.print(f"decision: {watched.decision.action}: {watched.decision.reason}", markup=False)
     if watched.retrained:
         console.print(watched.retrained, markup=False)

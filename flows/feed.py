@@ -74,7 +74,11 @@ class Batch:
     files: frozenset[str] | None = field(default=None, repr=False, compare=False)
 
     def holds(self, sample_id: str) -> bool:
-        """Whether the batch has such a sample, as far as a listing can tell."""
+        """Whether the batch has such a sample, as far as a listing can tell.
+
+        A batch with Parquet shards holds any sample of its name: a label for one that is not in
+        them counts as fresh until `read_batch`, asked for it, does not give it.
+        """
         batch_id, _, name = sample_id.partition("/")
         return batch_id == self.id and (self.files is None or name in self.files)
 
@@ -138,7 +142,7 @@ def describe(place: Place, batch_id: str, entries: dict[str, Entry]) -> Batch:
         digest.update(line)
         stamp.update(line + f"{entry.version}\0".encode())
     arrived = max((e.modified for e in files.values() if e.modified), default=None)
-    shards = any(name.endswith(".parquet") and name != "metadata.parquet" for name in files)
+    shards = any(name.lower().endswith(".parquet") and name != "metadata.parquet" for name in files)
     return Batch(
         id=batch_id,
         url=place.shown,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,8 @@ from flows.batches import read_own_labels
 from flows.feed import Batch
 from flows.labels import read_labels
 from flows.settings import Settings
+from flows.storage import FeedError
+from sft.dataset import HOLDOUT_SHARE, Role, role_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class FreshSet:
         """How many classes they cover."""
         return int(self.table["label"].nunique())
 
+    def of(self, sample_ids: Iterable[str]) -> FreshSet:
+        """Return the labels of these samples only."""
+        kept = self.table["sample_id"].isin(list(sample_ids))
+        return FreshSet(self.table[kept].reset_index(drop=True))
+
     @property
     def digest(self) -> str:
         """Digest of the set: the same labels give the same digest, whatever file they came in."""
@@ -63,18 +71,22 @@ def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequenc
     hold and of classes that nobody named are reported, never guessed.
     """
     late = read_labels(settings.feed, settings.root)
-    own = [read_own_labels(batch, settings.feed, settings.root) for batch in batches]
-    own_labels = {name: label for labels in own for name, label in labels.items()}
+    problems = list(late.problems)
+    own_labels: dict[str, str] = {}
+    for batch in batches:
+        try:
+            own_labels |= read_own_labels(batch, settings.feed, settings.root)
+        except FeedError as error:  # one batch that cannot be read must not silence the others
+            problems.append(str(error))
     late_labels = dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
     merged = {**own_labels, **late_labels}
     by_id = {batch.id: batch for batch in batches}
     known_classes = {*classes, *settings.model.classes}
-    problems = list(late.problems)
 
     lost = [
         name
         for name in merged
-        if (batch := by_id.get(name.split("/", 1)[0])) is None or not batch.holds(name)
+        if not ((found := by_id.get(name.split("/", 1)[0])) and found.holds(name))
     ]
     if lost:
         problems.append(
@@ -112,6 +124,18 @@ def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:
     return FreshSet(labels.table[fresh].reset_index(drop=True))
 
 
+def labels_needed(fresh: FreshSet, settings: Settings) -> int:
+    """Say how many fresh labels a retraining takes.
+
+    At least `min_labels`, and so many that the gate's `min_fresh` of them are held out (their roles
+    are fixed, so what is missing is estimated from the share): with fewer, the gate could only say
+    "inconclusive", after a training for nothing.
+    """
+    held_out = sum(role_of(name) is Role.HOLDOUT for name in fresh.table["sample_id"])
+    missing = max(0, settings.gate.min_fresh - held_out)
+    return max(settings.policy.min_labels, len(fresh) + ceil(missing / HOLDOUT_SHARE))
+
+
 def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
     """Name a retraining: the same champion, labels and settings never make two versions."""
     stated = {
@@ -119,7 +143,7 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "fresh": fresh.digest,
         "training": asdict(settings.training),
         "memory": asdict(settings.memory),
-        "model": asdict(settings.model),
+        "classes": settings.model.classes,
     }
     encoded = json.dumps(stated, sort_keys=True, default=str).encode()
     return hashlib.sha256(encoded).hexdigest()[:32]

@@ -17,6 +17,7 @@ from sft.models import Network
 
 NETWORK, REFERENCE = "network", "reference"
 MEMORY, LEARNED, LINEAGE = "memory.parquet", "learned.parquet", "lineage.json"
+LEARNED_COLUMNS = ("sample_id", "label", "role")
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,33 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Package:
-    """The parts of a version; `learned` has `sample_id`, `label`, `role`, a row a new label."""
+    """The parts of a version.
+
+    Attributes:
+        network: weights and configuration.
+        reference: what "no drift" looks like to it.
+        memory: what later versions rehearse and are judged on.
+        learned: `sample_id`, `label`, `role`, a row a new label.
+        lineage: where it comes from.
+        learned_before: the same columns, what its parents used, newest first. It is written below
+            `learned`, so that a version's history does not depend on its parents' files.
+    """
 
     network: Network
     reference: Reference
     memory: Memory
     learned: pd.DataFrame
     lineage: Lineage
+    learned_before: pd.DataFrame | None = None
 
     def write(self, folder: Path) -> None:
         """Write every part into the folder."""
         models.save(self.network, folder / NETWORK)
         self.reference.save(folder / REFERENCE)
         self.memory.save(folder / MEMORY)
-        self.learned.to_parquet(folder / LEARNED, index=False)
+        tables = [self.learned, *([] if self.learned_before is None else [self.learned_before])]
+        learned = pd.concat([table[list(LEARNED_COLUMNS)] for table in tables])
+        learned.to_parquet(folder / LEARNED, index=False)
         lineage = json.dumps(asdict(self.lineage), indent=2, sort_keys=True, default=str)
         (folder / LINEAGE).write_text(lineage + "\n")
 
@@ -70,8 +84,6 @@ def build_reference(
     for name in memory.regimes:
         data = memory.held_out(name, classes, preprocessing, learned=learned)
         if len(data) >= 20:  # noqa: PLR2004 - what `monitoring.reference` asks for
-            size = preprocessing.image_size
-            sizes = [(size, size)] * len(data)
-            features = extract(network, data.sample_ids, data.pixels, sizes)
+            features = extract(network, data.sample_ids, data.pixels)
             regimes.append(Regime(name, features, data.labels.numpy()))
     return Reference(tuple(regimes), classes)

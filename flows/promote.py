@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
+import numpy as np
 from prefect import flow
 
 from flows.registry import CHALLENGER, CHAMPION, Registry, RegistryError, Version
 from flows.settings import Settings, load_settings
 from sft.dataset import LabelledPictures, Role, join
-from sft.evaluate import Answers, answer
+from sft.evaluate import Answers, answer, confusion
 from sft.gate import Outcome, Pair, Verdict, judge
 from sft.memory import Memory
 from sft.models import Network
+from sft.pictures import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -90,28 +92,36 @@ def judge_version(
 ) -> Version:
     """Let both answer the same held-out samples, judge, and write the verdict on the version."""
     ours, theirs = registry.network(candidate), registry.network(champion)
-    fresh, old = holdouts(registry, candidate, champion, ours)
+    # by name, since two versions may order their classes differently, or know others
+    classes = tuple(dict.fromkeys((*ours.config.classes, *theirs.config.classes)))
+    fresh, old = holdouts(registry, candidate, champion, classes, ours.config.preprocessing)
+    on_fresh = Pair(_answer(theirs, fresh, classes), _answer(ours, fresh, classes))
+    on_old = Pair(_answer(theirs, old, classes), _answer(ours, old, classes))
     verdict = judge(
-        _pair(theirs, ours, fresh),
-        _pair(theirs, ours, old),
+        on_fresh,
+        on_old,
         settings.gate,
-        classes=ours.config.classes,
+        classes=classes,
         judged_before=_judged_before(registry, candidate, champion),
     )
+    _log_scores(registry, candidate, champion, {"fresh": on_fresh, "old": on_old}, classes)
     _record(registry, candidate, champion, verdict)
     return registry.version(candidate.number)
 
 
 def holdouts(
-    registry: Registry, candidate: Version, champion: Version, network: Network
+    registry: Registry,
+    candidate: Version,
+    champion: Version,
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
 ) -> tuple[LabelledPictures, LabelledPictures]:
     """Return the fresh and the old hold-out of a candidate, neither ever trained on by anybody.
 
     Fresh is what the candidate's lineage holds out and the champion's does not know; the rest is
-    old. Both come from the candidate's memory, so they are there when the feed's data is gone.
+    old. Both come from the versions' memories, so they are there when the feed's data is gone.
     """
     memory: Memory = registry.memory(candidate)
-    classes, preprocessing = network.config.classes, network.config.preprocessing
     held = memory.labelled(Role.HOLDOUT, classes, preprocessing)
     known = set(registry.learned(champion)["sample_id"])
     is_old = [name in known for name in held.sample_ids]
@@ -124,17 +134,37 @@ def holdouts(
     return fresh, join([old, rest])
 
 
-def _pair(champion: Network, challenger: Network, data: LabelledPictures) -> Pair:
-    return Pair(champion=_answer(champion, data), challenger=_answer(challenger, data))
+def _answer(network: Network, data: LabelledPictures, classes: Sequence[str]) -> Answers:
+    """Let a network answer in terms of `classes`, which hold all of its own."""
+    found = answer(network, data)
+    place = np.array([classes.index(name) for name in network.config.classes])
+    probabilities = np.zeros((len(data), len(classes)), dtype=np.float32)
+    probabilities[:, place] = found.probabilities
+    return Answers(place[found.predicted], found.labels, probabilities)
 
 
-def _answer(network: Network, data: LabelledPictures) -> Answers:
-    if not len(data):
-        size = network.config.preprocessing.image_size
-        channels = network.config.preprocessing.channels
-        empty = torch.empty(0, channels, size, size, dtype=torch.uint8)
-        data = LabelledPictures((), empty, torch.empty(0, dtype=torch.int64))
-    return answer(network, data)
+def _log_scores(
+    registry: Registry,
+    candidate: Version,
+    champion: Version,
+    pairs: Mapping[str, Pair],
+    classes: Sequence[str],
+) -> None:
+    """Put both versions' accuracy, by class too, and confusions on the training run."""
+    scores = {
+        name: {
+            f"version {version.number}": {
+                "accuracy": answers.accuracy,
+                "per_class": answers.per_class(tuple(classes)),
+                "confusion": confusion(answers, len(classes)).tolist(),
+            }
+            for version, answers in ((champion, pair.champion), (candidate, pair.challenger))
+        }
+        for name, pair in pairs.items()
+        if len(pair)
+    }
+    text = json.dumps({"classes": classes, **scores}, indent=2)
+    registry.log_text(candidate.run_id, text, f"scores-against-{champion.number}.json")
 
 
 def _judged_before(registry: Registry, candidate: Version, champion: Version) -> int:

@@ -11,8 +11,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from mlflow.exceptions import MlflowException
 
 from flows import package
 from flows.package import Package
+from flows.servers import unreachable
 from flows.settings import Settings
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference
@@ -38,9 +37,13 @@ from sft.memory import Memory
 from sft.models import Network
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+ROLLBACK = "rollback"
 LOADER = "sft.serving"
 PARTS = ("model", package.REFERENCE, package.MEMORY, package.LEARNED, package.LINEAGE)
-CONNECT_SECONDS = 5.0
+MANIFEST = "manifest.json"
+CONFIG = f"model/data/{package.NETWORK}/{models.CONFIG_FILE}"
+# MLflow writes it beside a model that is loaded by its alias; nothing of ours reads it
+NOT_OURS = "model/registered_model_meta"
 
 
 class RegistryError(RuntimeError):
@@ -116,13 +119,14 @@ class CheckRecord:
 
 @dataclass(frozen=True)
 class Move:
-    """A change of champion."""
+    """A change of champion; `promotes` is false for a rollback, and for an alias moved by hand."""
 
     before: int | None
     after: int
     by: str
     why: str
     at: str
+    promotes: bool = False
 
 
 class Registry:
@@ -135,23 +139,20 @@ class Registry:
         self.settings = settings
         self.name = settings.model.name
         self.uri = settings.mlflow_uri
-        _check_reachable(self.uri)
+        if self.uri.startswith("http") and (
+            problem := unreachable(f"{self.uri.rstrip('/')}/health")
+        ):
+            raise RegistryError(
+                f"MLflow at {self.uri} {problem}: is the server running, and is [servers] mlflow"
+                " (or MLFLOW_TRACKING_URI) right?"
+            )
         try:
             self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment_id = self._experiment()
         except (MlflowException, OSError) as error:
             raise RegistryError(f"MLflow at {self.uri} cannot be used: {error}") from error
         self._fetched: dict[str, Path] = {}
-
-    def _learned_file(self, version: Version) -> Path:
-        """Fetch one file of a version: an ancestor's weights are not needed to know its labels."""
-        if version.run_id in self._fetched:
-            return self._fetched[version.run_id] / package.LEARNED
-        path = self._folder / f"learned-{version.run_id}" / package.LEARNED
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            self.client.download_artifacts(version.run_id, package.LEARNED, str(path.parent))
-        return path
+        self._fetched_files: dict[tuple[str, str], Path] = {}
 
     @cached_property
     def _folder(self) -> Path:
@@ -169,13 +170,12 @@ class Registry:
 
     def version(self, number: int) -> Version:
         """Return one version; raises RegistryError when it does not exist."""
-        try:
-            return _version(self.client.get_model_version(self.name, str(number)))
-        except MlflowException as error:
+        if (found := self._find(number)) is None:
             numbers = [v.number for v in self.versions()]
             raise RegistryError(
                 f"model {self.name!r} has no version {number}; there are {numbers or 'none'}"
-            ) from error
+            )
+        return found
 
     def alias(self, alias: str) -> int | None:
         """Return the number of the version that has the alias."""
@@ -190,16 +190,9 @@ class Registry:
         """Return the champion; raises RegistryError when there is none, or when it is not ours."""
         number = self.alias(CHAMPION)
         if number is None:
-            seen = self._model_tags().get("sustain.champion_seen")
-            way = (
-                f"version {seen} was the last: give it back with `sustain rollback --to {seen}`, or"
-                f" set the alias {CHAMPION!r} in MLflow's UI"
-                if seen
-                else "make a first one with `sustain bootstrap`"
-            )
-            raise RegistryError(f"model {self.name!r} has no champion; {way}")
+            raise RegistryError(f"model {self.name!r} has no champion; {self._way_to_a_champion()}")
         version = self.version(number)
-        if "digest" not in version.tags:
+        if not _is_ours(version):
             raise RegistryError(
                 f"version {number} of {self.name!r} is champion, but sustain did not write it and"
                 " will not load it: adopt its weights with `sustain bootstrap --adopt FILE`, or"
@@ -208,7 +201,7 @@ class Registry:
         return version
 
     def ancestry(self, version: Version) -> list[Version]:
-        """Return the version and its parents, newest first."""
+        """Return the version and its parents, newest first, down to one that was deleted."""
         chain = [version]
         while (parent := chain[-1].parent) is not None:
             if parent >= chain[-1].number:  # a tag edited by hand could make a circle
@@ -216,7 +209,9 @@ class Registry:
                     f"version {chain[-1].number} names version {parent} as its parent, which is no"
                     " older: its tag `parent` was altered"
                 )
-            chain.append(self.version(parent))
+            if (found := self._find(parent)) is None:
+                break
+            chain.append(found)
         return chain
 
     def find_version(self, key: str) -> Version | None:
@@ -233,20 +228,15 @@ class Registry:
         if version.run_id in self._fetched:
             return self._fetched[version.run_id]
         target = self._folder / version.run_id
-        target.mkdir(parents=True, exist_ok=True)
-        try:
-            for part in PARTS:
-                self.client.download_artifacts(version.run_id, part, str(target))
-        except (MlflowException, OSError) as error:
-            raise RegistryError(
-                f"the files of version {version.number} cannot be fetched: {error}"
-            ) from error
-        if _digest(target) != version.tags.get("digest"):
-            raise RegistryError(
-                f"the files of version {version.number} are not what was registered (their digest"
-                " differs), so it was not loaded: restore them, or move the champion to another"
-                " version"
-            )
+        shutil.rmtree(target, ignore_errors=True)  # what a refused attempt left
+        target.mkdir()
+        for part in (*PARTS, MANIFEST):
+            self._download(version, part, target)
+        stated = _stated(target / MANIFEST, version)
+        found = _hashes(target)
+        odd = sorted(path for path in {*stated, *found} if stated.get(path) != found.get(path))
+        if odd:
+            raise _altered(version, odd[0])
         _check_loader(target / "model", version.number)
         self._fetched[version.run_id] = target
         return target
@@ -260,9 +250,11 @@ class Registry:
             raise RegistryError(f"version {version.number} does not load: {error}") from error
 
     def config(self, version: Version) -> models.ModelConfig:
-        """Read a version's configuration without its weights."""
-        folder = self.verified_folder(version) / "model" / "data" / package.NETWORK
-        return models.read_config(folder)
+        """Read a version's configuration; of its files, only that one is fetched and checked."""
+        try:
+            return models.read_config(self._verified_file(version, CONFIG).parent)
+        except models.ModelError as error:
+            raise RegistryError(f"version {version.number} does not load: {error}") from error
 
     def reference(self, version: Version) -> Reference:
         """Load a version's own reference."""
@@ -273,12 +265,12 @@ class Registry:
         return Memory.load(self.verified_folder(version) / package.MEMORY)
 
     def learned(self, version: Version) -> pd.DataFrame:
-        """Return `sample_id, label, role, version` of all that the version and its parents used."""
-        tables = [
-            pd.read_parquet(self._learned_file(v)).assign(version=v.number)
-            for v in self.ancestry(version)
-        ]
-        return pd.concat(tables, ignore_index=True)
+        """Return `sample_id, label, role` of all that the version and its parents used.
+
+        Newest first: a sample whose label was corrected is there more than once, and its first row
+        counts. Of the version's files, only that one is fetched and checked.
+        """
+        return pd.read_parquet(self._verified_file(version, package.LEARNED))
 
     def register(self, made: Package, *, key: str, run_id: str, tags: Mapping[str, str]) -> Version:
         """Register a package once: the version with this key, made now or before.
@@ -295,20 +287,21 @@ class Registry:
             folder = Path(name)
             made.write(folder)
             _as_pyfunc(folder)
-            for part in PARTS:
+            manifest = _manifest(folder)
+            (folder / MANIFEST).write_bytes(manifest)
+            for part in (*PARTS, MANIFEST):
                 path = folder / part
                 if path.is_dir():
                     self.client.log_artifacts(run_id, str(path), part)
                 else:
                     self.client.log_artifact(run_id, str(path))
-            digest = _digest(folder)
         self._ensure_model()
         uri = self.client.get_run(run_id).info.artifact_uri
         created = self.client.create_model_version(
             self.name,
             source=f"{uri}/model",
             run_id=run_id,
-            tags={**tags, "retrain_key": key, "digest": digest},
+            tags={**tags, "retrain_key": key, "digest": hashlib.sha256(manifest).hexdigest()},
         )
         version = _version(created)
         first = self.find_version(key)
@@ -341,10 +334,20 @@ class Registry:
         """Move the alias: announce, move, complete.
 
         Killed in between, the next `observe_moves` completes the move or forgets the announcement.
+
+        Args:
+            after: the version that shall serve.
+            by: who moves it; ROLLBACK says that the version before is given up.
+            why: the reason, for the record.
+            now: the time, for the record.
         """
         seen = self._model_tags().get("sustain.champion_seen")
-        before = self.alias(CHAMPION) or (int(seen) if seen else None)
-        move = Move(before, after.number, by, why, now.isoformat(timespec="microseconds"))
+        before = self.alias(CHAMPION)
+        if before is None or not _is_ours(self.version(before)):
+            # nobody's, or somebody else's: the one that is left is the last of ours that served
+            before = int(seen) if seen and int(seen) != after.number else None
+        at = now.isoformat(timespec="microseconds")
+        move = Move(before, after.number, by, why, at, promotes=by != ROLLBACK)
         announced = json.dumps(move.__dict__)
         self.client.set_registered_model_tag(self.name, "sustain.champion_moving", announced)
         self.client.set_registered_model_alias(self.name, CHAMPION, str(after.number))
@@ -354,16 +357,19 @@ class Registry:
     def observe_moves(self, now: datetime) -> Move | None:
         """Give a move of the alias its effect, whoever moved it; return it, or None.
 
-        A version that loses the alias other than to its own descendant was rolled back: it is
-        marked, and so is every version between it and the new champion, and none of them is ever
-        promoted again by itself.
+        A version that loses the alias to its own descendant, or to a version that `promote` judged
+        better, was succeeded. One that loses it otherwise was rolled back: it is marked, and so is
+        every version between it and the new champion, and none of them is ever promoted again by
+        itself. A move to a version that sustain did not write has no effect: `champion` refuses it.
         """
         current = self.alias(CHAMPION)
         tags = self._model_tags()
         seen = int(tags["sustain.champion_seen"]) if "sustain.champion_seen" in tags else None
         announced = tags.get("sustain.champion_moving")
         move = Move(**json.loads(announced)) if announced else None
-        if current is None:
+        if current is None or (current == seen and move is None):
+            return None
+        if not _is_ours(self.version(current)):
             return None
         if move is not None and current == move.after:
             self._complete(move)
@@ -378,8 +384,7 @@ class Registry:
             )
             self._complete(by_hand)
             return by_hand
-        if move is not None:
-            self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
+        self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
         return None
 
     def unobserved_move(self) -> bool:
@@ -392,12 +397,15 @@ class Registry:
 
     def _complete(self, move: Move) -> None:
         after = self.version(move.after)
-        ancestors = [v.number for v in self.ancestry(after)]
-        if move.before is not None and move.before != move.after:
-            if move.before in ancestors:
-                self.tag(after, promoted_from=str(move.before))
+        before = None if move.before in (None, move.after) else self._find(move.before)
+        if before is not None:  # neither the first champion nor a deleted one
+            ancestors = [v.number for v in self.ancestry(after)]
+            given_up = self.ancestry(before)
+            back = after.number in [v.number for v in given_up]
+            if before.number in ancestors or (move.promotes and not back):
+                self.tag(after, promoted_from=str(before.number))
             else:
-                for lost in self.ancestry(self.version(move.before)):
+                for lost in given_up:
                     if lost.number in ancestors:
                         break
                     self.tag(lost, reason=move.why, rolled_back_at=move.at)
@@ -410,13 +418,16 @@ class Registry:
     # ---- checks and training runs
 
     def checks(self, champion: int) -> list[CheckRecord]:
-        """List the ended checks against a champion, oldest first, one for each key."""
+        """List the ended checks against a champion, oldest first, one for each key.
+
+        Of several, the first that finished counts; if none did, the last that failed.
+        """
         records: dict[tuple[str, str], CheckRecord] = {}
         for run in self._runs("check", {"sustain.champion": str(champion)}):
             if run.info.status in ("FINISHED", "FAILED"):
                 record = _check_record(run)
                 known = records.get((record.key.batch_id, record.key.digest))
-                if known is None or (record.finished and not known.finished):
+                if known is None or not known.finished:
                     records[record.key.batch_id, record.key.digest] = record
         return sorted(records.values(), key=lambda record: record.started)
 
@@ -431,6 +442,8 @@ class Registry:
         identity = {k: v for k, v in tags.items() if k != "sustain.batch_stamp"}
         for run in self._open_runs("check"):
             if all(run.data.tags.get(k) == v for k, v in identity.items()):
+                if run.data.tags.get("sustain.batch_stamp") != stamp:  # else it would fail for ever
+                    self.client.set_tag(run.info.run_id, "sustain.batch_stamp", stamp)
                 return str(run.info.run_id)
         return self._begin_run("check", f"check {key.batch_id} v{key.champion}", tags)
 
@@ -503,6 +516,53 @@ class Registry:
         return f"{base.rstrip('/')}/#/models/{self.name}/versions/{number}"
 
     # ---- inside
+
+    def _find(self, number: int) -> Version | None:
+        try:
+            return _version(self.client.get_model_version(self.name, str(number)))
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def _way_to_a_champion(self) -> str:
+        seen = self._model_tags().get("sustain.champion_seen")
+        if seen is None:
+            return "make a first one with `sustain bootstrap`"
+        by_hand = f"set the alias {CHAMPION!r} in MLflow's UI"
+        if self._find(int(seen)) is not None:
+            return (
+                f"version {seen} was the last: give it back with `sustain rollback --to {seen}`, or"
+                f" {by_hand}"
+            )
+        left = [v.number for v in self.versions() if v.verdict is not None]
+        return (
+            f"version {seen} was the last, and it was deleted: "
+            + (f"name one of {left} with `sustain rollback --to`, or {by_hand}" if left else "")
+            + ("" if left else "make a first one with `sustain bootstrap`")
+        )
+
+    def _verified_file(self, version: Version, path: str) -> Path:
+        """Fetch one file of a version and check it against the manifest."""
+        if version.run_id in self._fetched:
+            return self._fetched[version.run_id] / path
+        if (version.run_id, path) not in self._fetched_files:
+            target = self._folder / f"{version.run_id}-files"
+            target.mkdir(exist_ok=True)
+            stated = _stated(self._download(version, MANIFEST, target), version)
+            file = self._download(version, path, target)
+            if path not in stated or stated[path] != _sha256(file):
+                raise _altered(version, path)
+            self._fetched_files[version.run_id, path] = file
+        return self._fetched_files[version.run_id, path]
+
+    def _download(self, version: Version, path: str, target: Path) -> Path:
+        try:
+            return Path(self.client.download_artifacts(version.run_id, path, str(target)))
+        except (MlflowException, OSError) as error:
+            raise RegistryError(
+                f"the files of version {version.number} cannot be fetched: {error}"
+            ) from error
 
     def _experiment(self) -> str:
         name = f"sustain/{self.name}"
@@ -607,20 +667,46 @@ def _as_pyfunc(folder: Path) -> None:
     )
 
 
-def _digest(folder: Path) -> str:
-    """Digest the names and contents of all parts of a version."""
-    files = sorted(
+def _is_ours(version: Version) -> bool:
+    return "digest" in version.tags
+
+
+def _manifest(folder: Path) -> bytes:
+    """List the files of all parts of a version with their SHA-256, as the version's record has it.
+
+    The manifest's own SHA-256 is the version's tag `digest`.
+    """
+    return json.dumps(_hashes(folder), indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = (
         path
         for part in PARTS
         for path in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*"))
         if path.is_file()
     )
-    total = hashlib.sha256()
-    for path in files:
-        name = path.relative_to(folder).as_posix().encode()
-        total.update(len(name).to_bytes(4) + name)
-        total.update(hashlib.sha256(path.read_bytes()).digest())
-    return total.hexdigest()
+    named = ((path.relative_to(folder).as_posix(), path) for path in files)
+    return {name: _sha256(path) for name, path in named if name != NOT_OURS}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stated(manifest: Path, version: Version) -> dict[str, str]:
+    """Read a version's manifest, if it is the one that was registered."""
+    if _sha256(manifest) != version.tags.get("digest"):
+        raise _altered(version, MANIFEST)
+    return cast("dict[str, str]", json.loads(manifest.read_bytes()))
+
+
+def _altered(version: Version, path: str) -> RegistryError:
+    return RegistryError(
+        f"the files of version {version.number} are not what was registered ({path} differs), so"
+        " it was not loaded: restore them, or move the champion to another version"
+    )
 
 
 def _check_loader(model: Path, number: int) -> None:
@@ -637,20 +723,3 @@ def _check_loader(model: Path, number: int) -> None:
             f"{' with code of its own' if code else ''}; only {LOADER!r} is allowed, so it was not"
             " loaded: move the champion to a version that sustain wrote"
         )
-
-
-def _check_reachable(uri: str) -> None:
-    if not uri.startswith("http"):
-        return
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS):  # noqa: S310 - the user's own address
-            return
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):  # it is there; the client's own credentials decide
-            return
-        raise RegistryError(f"MLflow at {uri} answers with an error: {error}") from error
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise RegistryError(
-            f"MLflow at {uri} does not answer within {CONNECT_SECONDS:.0f} s ({error}): is the"
-            " server running, and is [servers] mlflow (or MLFLOW_TRACKING_URI) right?"
-        ) from error

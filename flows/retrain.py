@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
+from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -16,11 +17,11 @@ from rich.progress import Progress
 
 from flows.batches import read_batch
 from flows.feed import Batch, list_batches
-from flows.fresh import FreshSet, fresh_set, gather_labels, retrain_key
+from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.package import Lineage, Package, build_reference
 from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
-from flows.settings import Settings, load_settings
+from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
 from sft.dataset import LabelledPictures, Role, join, role_of
 from sft.memory import Memory, remember
@@ -69,7 +70,9 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     registry.observe_moves(datetime.now(UTC))
     champion = registry.champion()
     batches = list_batches(settings.feed, settings.root)
-    labels = gather_labels(settings, batches, registry.config(champion).classes)
+    config = registry.config(champion)
+    refuse_contradiction(settings, config)
+    labels = gather_labels(settings, batches, config.classes)
     fresh = fresh_set(labels, registry.learned(champion))
     key = retrain_key(champion.number, fresh, settings)
     version = registry.find_version(key)
@@ -89,16 +92,17 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
 
 def require_enough(fresh: FreshSet, settings: Settings) -> None:
     """Refuse too few labels, and labels of too few classes."""
-    least = settings.policy
-    if len(fresh) < least.min_labels:
+    needed, least = labels_needed(fresh, settings), settings.policy.min_classes
+    if len(fresh) < needed:
         raise RetrainError(
-            f"{len(fresh)} fresh labels, and min_labels = {least.min_labels} are needed before a"
-            f" retraining: {least.min_labels - len(fresh)} are missing"
+            f"{len(fresh)} fresh labels, and {needed} are needed before a retraining (min_labels ="
+            f" {settings.policy.min_labels}, and min_fresh = {settings.gate.min_fresh} of them held"
+            f" out): {needed - len(fresh)} are missing"
         )
-    if fresh.classes < least.min_classes:
+    if fresh.classes < least:
         raise RetrainError(
             f"the {len(fresh)} fresh labels are of {fresh.classes} class(es), and min_classes ="
-            f" {least.min_classes} are needed: label samples of other classes too"
+            f" {least} are needed: label samples of other classes too"
         )
 
 
@@ -112,7 +116,7 @@ def make_challenger(
     cause: str,
 ) -> Version:
     """Fine-tune, build what the version carries, and register it once."""
-    network = registry.network(champion)
+    network = champion_network = registry.network(champion)
     classes = tuple(network.config.classes)
     if new := [
         c for c in settings.model.classes if c not in classes and c in set(fresh.table["label"])
@@ -121,6 +125,7 @@ def make_challenger(
         classes = network.config.classes
     memory = registry.memory(champion)
     labelled, unlabelled = read_window(registry, settings, champion, batches, fresh, network)
+    require_enough(fresh.of(labelled.sample_ids), settings)  # some may be unreadable
     run_id = registry.begin_training(
         f"retrain v{champion.number}",
         {
@@ -134,7 +139,7 @@ def make_challenger(
         run_id,
         params={**asdict(settings.training), "parent": champion.number, "fresh": dict(counts)},
     )
-    tuned = tune(network, labelled, memory, settings)
+    tuned = tune(network, champion_network, labelled, memory, settings)
     log_training(registry, run_id, tuned)
 
     regime = f"since v{champion.number}"
@@ -160,6 +165,7 @@ def make_challenger(
         reference=build_reference(tuned.network, carried, learned=trained),
         memory=carried,
         learned=learned,
+        learned_before=before,
         lineage=Lineage(
             parent=champion.number,
             cause=cause,
@@ -195,30 +201,44 @@ def read_window(
     rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
     known = set(registry.learned(champion)["sample_id"])
     index = {name: place for place, name in enumerate(network.config.classes)}
-    labelled, unlabelled = [], []
-    for batch in batches:
-        if batch.id not in wanted and batch.id not in rang:
+    labelled: list[tuple[str, torch.Tensor, int]] = []
+    unlabelled: list[tuple[str, torch.Tensor, int]] = []
+    for batch in reversed(batches):  # the newest first: the window is bounded
+        whole = batch.id in rang and len(unlabelled) < settings.memory.holdout
+        if not whole and batch.id not in wanted:
             continue
-        only = None if batch.id in rang else wanted[batch.id]
+        only = None if whole else wanted[batch.id]
         try:
             read = read_batch(
                 batch, settings.feed, settings.root, network.config.preprocessing, only=only
             )
         except FeedError as error:
+            if batch.id not in wanted:
+                continue  # it would only have added to the reference
             raise RetrainError(f"the fresh labels of a batch cannot be used: {error}") from error
         for name, picture in zip(read.samples["sample_id"], read.pictures, strict=True):
             if name in label_of:
                 labelled.append((name, picture.pixels, index[label_of[name]]))
             elif name not in known:
                 unlabelled.append((name, picture.pixels, -1))
-    return _set(labelled, network), _set(unlabelled, network)
+    return _set(sorted(labelled, key=itemgetter(0)), network), _set(
+        sorted(unlabelled[: settings.memory.holdout], key=itemgetter(0)), network
+    )
 
 
 def tune(
-    network: Network, labelled: LabelledPictures, memory: Memory, settings: Settings
+    network: Network,
+    champion: Network,
+    labelled: LabelledPictures,
+    memory: Memory,
+    settings: Settings,
 ) -> FineTuned:
-    """Fine-tune with rehearsal; stop early on fresh and old validation data together."""
+    """Fine-tune with rehearsal; stop early on fresh and old validation data together.
+
+    A sample whose label was corrected is not rehearsed with its old one.
+    """
     classes, preprocessing = network.config.classes, network.config.preprocessing
+    memory = memory.without(labelled.sample_ids)
     old = memory.labelled(Role.TRAIN, classes, preprocessing)
     with Progress(transient=True) as progress:
         bar = progress.add_task("fine-tuning", total=settings.training.epochs)
@@ -227,6 +247,7 @@ def tune(
             labelled.with_role(Role.TRAIN),
             settings.training,
             memory=old,
+            anchor=champion,
             validation=(
                 labelled.with_role(Role.VALIDATION),
                 memory.labelled(Role.VALIDATION, classes, preprocessing),

@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 from prefect import flow
 
-from flows.registry import Registry, RegistryError, Version
+from flows.registry import ROLLBACK, Registry, RegistryError, Version
 from flows.settings import load_settings
-
-BY = "rollback"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def rollback(settings_path: str, to: int | None = None, why: str = "no reason gi
     registry = Registry(settings)
     now = datetime.now(UTC)
     move = registry.observe_moves(now)
-    if to is None and move is not None and move.by == BY:
+    if to is None and move is not None and move.by == ROLLBACK:
         # this command was killed after the alias had moved: one more step back would be too far
         return RolledBack(move.before, move.after, move.why)
     target = registry.version(to) if to is not None else _before(registry)
@@ -63,7 +61,7 @@ def rollback(settings_path: str, to: int | None = None, why: str = "no reason gi
     network.embed(torch.zeros(2, channels, size, size, dtype=torch.uint8))
     if registry.alias("champion") == target.number:
         return RolledBack(None, target.number, "it was champion already")
-    move = registry.move_champion(target, by=BY, why=why, now=now)
+    move = registry.move_champion(target, by=ROLLBACK, why=why, now=now)
     return RolledBack(move.before, move.after, why)
 
 

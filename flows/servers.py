@@ -32,12 +32,24 @@ def require_prefect(settings: Settings) -> None:
         ServerError: within seconds, rather than after Prefect's own long wait.
     """
     url = settings.servers.prefect or os.environ.get("PREFECT_API_URL", "")
-    if url and not _answers(f"{url.rstrip('/')}/health"):
+    if url and (problem := unreachable(f"{url.rstrip('/')}/health")):
         raise ServerError(
-            f"Prefect at {url} does not answer within {CONNECT_SECONDS:.0f} s: is the server"
-            " running, and is [servers] prefect (or PREFECT_API_URL) right? Leave it empty to run"
-            " without a server"
+            f"Prefect at {url} {problem}: is the server running, and is [servers] prefect (or"
+            " PREFECT_API_URL) right? Leave it empty to run without a server"
         )
+
+
+def unreachable(url: str, timeout: float = CONNECT_SECONDS) -> str | None:
+    """Say why an address is of no use, if so: "does not answer within ...", "answers with ..."."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout):  # noqa: S310 - the user's own address
+            return None
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # it is there; the client's own credentials decide
+            return None
+        return f"answers with an error ({error})"
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        return f"does not answer within {timeout:.0f} s ({error})"
 
 
 def show(settings: Settings, *, mlflow_port: int, prefect_port: int) -> None:
@@ -103,7 +115,7 @@ def wait_until_healthy(
 ) -> None:
     """Wait until an address answers; raises ServerError when it does not, or when a server ends."""
     end = time.monotonic() + START_SECONDS
-    while not _answers(url, timeout=1.0):
+    while unreachable(url, timeout=1.0):
         if any(process.poll() is not None for process in started):
             raise ServerError(f"{name} did not start (is the port taken?); its log is in {logs}")
         if time.monotonic() > end:
@@ -134,13 +146,3 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> subpro
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-def _answers(url: str, timeout: float = CONNECT_SECONDS) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=timeout):  # noqa: S310 - the user's own address
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code in (401, 403)  # it is there; the client's own credentials decide
-    except (urllib.error.URLError, OSError, ValueError):
-        return False

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,10 +21,10 @@ from flows.feed import FeedSettings
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
 from sft.gate import GateSettings
+from sft.models import ModelConfig
 from sft.train import TrainingSettings
 
 PREFIX = "SUSTAIN_"
-DEFAULT_FILE = "sustain.toml"
 
 
 class SettingsError(ValueError):
@@ -201,29 +201,44 @@ def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> Setti
 
 
 def export_to_environment(settings: Settings) -> None:
-    """Set what Prefect and MLflow read at import; call it before either is imported.
+    """Set where Prefect is and how it speaks, for a command; call it before Prefect is imported.
 
-    Nothing that is set already is changed, but for the addresses, which are the settings'.
+    The rest of the environment is set by the package itself.
     """
     if settings.servers.prefect:
         os.environ["PREFECT_API_URL"] = settings.servers.prefect
     elif settings.servers.prefect_home:
         home = (settings.root / settings.servers.prefect_home).resolve()
         os.environ["PREFECT_HOME"] = str(home)
-    defaults = {
+    for name, value in {
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the command says what happens
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # with 7, the default, a call hangs for 248 s
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # 20 is often too short
-        "DO_NOT_TRACK": "true",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }
-    for name, value in defaults.items():
+    }.items():
         os.environ.setdefault(name, value)
+
+
+def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:
+    """Refuse settings under [model] that the champion contradicts; what is unset is inherited.
+
+    Raises:
+        SettingsError: names the key, both values and the way out.
+    """
+    model, seen = settings.model, config.preprocessing
+    stated = {
+        "architecture": (model.architecture, config.architecture),
+        "image_size": (model.image_size, seen.image_size),
+        "resize_size": (model.resize_size, seen.resize_size),
+        "channels": (model.channels, seen.channels),
+        "mean": (model.mean, config.mean),
+        "std": (model.std, config.std),
+    }
+    for key, (wanted, has) in stated.items():
+        if wanted and wanted != has:
+            raise SettingsError(
+                f"{settings.path.name}: [model] {key} = {wanted!r}, but the champion has {has!r}:"
+                " leave it out to inherit it, or choose another name for a new model"
+            )
 
 
 def write_template(path: Path, name: str) -> None:
@@ -259,8 +274,12 @@ def _build(file: str, name: str, values: Mapping[str, Any]) -> Any:
                 f" allowed: {', '.join(known)}"
             )
     defaults = dataclasses.asdict(_bootstrap_training()) if name == "bootstrap" else {}
+    types = get_type_hints(SECTIONS[name])
+    told = {
+        k: str(v) if types[k] is str and type(v) in (int, float) else v for k, v in values.items()
+    }
     try:
-        return TypeAdapter(SECTIONS[name]).validate_python({**defaults, **values})
+        return TypeAdapter(SECTIONS[name]).validate_python({**defaults, **told})
     except ValidationError as error:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")

@@ -1,5 +1,6 @@
 """A folder or a bucket as a place: it is listed, and single files of it are read, never written."""
 
+import io
 import os
 import posixpath
 import shutil
@@ -24,6 +25,7 @@ _UNFINISHED = (".tmp", ".partial", ".part")
 _CHUNK_FILES = 128
 _CHUNK_BYTES = 32 * 2**20
 _ATTEMPTS = 3
+_RANGE_BUFFER = 2**16
 
 
 class FeedError(RuntimeError):
@@ -233,6 +235,53 @@ def open_file(place: Place, entry: Entry) -> IO[bytes]:
             shutil.copyfileobj(file, copy)
     copy.seek(0)
     return copy
+
+
+def open_ranges(place: Place, entry: Entry) -> IO[bytes]:
+    """Open a file of which only parts are wanted: of a bucket's object, only those are fetched.
+
+    Raises as `read_file`, and so do the reads of a bucket's object.
+    """
+    if place.local:
+        return open_file(place, entry)
+    return io.BufferedReader(_Ranges(place, entry), _RANGE_BUFFER)
+
+
+class _Ranges(io.RawIOBase):
+    """An object of a bucket, each read of which is a request."""
+
+    def __init__(self, place: Place, entry: Entry) -> None:
+        super().__init__()
+        self._place = place
+        self._entry = entry
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._entry.size}[whence]
+        self._at = max(start + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        path, start = self._entry.path, self._at
+        end = min(start + len(buffer), self._entry.size)
+        if start >= end:
+            return 0
+        with _told_failures(self._place, path):
+            content = self._place.fs.cat_file(path, start=start, end=end)
+            if len(content) != end - start:
+                raise OSError(f"{len(content)} bytes came, and not {end - start}")
+        buffer[: len(content)] = content
+        self._at = end
+        return len(content)
 
 
 def read_files(

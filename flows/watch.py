@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -31,17 +31,26 @@ from rich.progress import Progress
 
 from flows.batches import read_batch
 from flows.feed import Batch, BatchNotReady, list_batches
-from flows.fresh import FreshSet, Labels, fresh_set, gather_labels, retrain_key
+from flows.fresh import (
+    FreshSet,
+    Labels,
+    fresh_set,
+    gather_labels,
+    labels_needed,
+    retrain_key,
+)
 from flows.intake import TooManyBad
 from flows.registry import CheckKey, CheckRecord, Move, Registry, RegistryError, Version
-from flows.retrain import retrain
-from flows.settings import Settings, load_settings
+from flows.retrain import RetrainError, retrain
+from flows.settings import Settings, load_settings, refuse_contradiction
+from flows.storage import FeedError
 from monitoring.accuracy import Estimate, estimate_accuracy, settle
 from monitoring.detectors import Detection, detect_drift
 from monitoring.features import FeatureTable, extract
 from monitoring.policy import Action, Decision, Evidence, FreshLabels, History, decide
 from monitoring.reference import Reference
 from sft.dataset import Role
+from sft.gate import Outcome
 from sft.models import Network
 
 
@@ -105,7 +114,7 @@ class Watched:
         settled: batch to true accuracy on the labels that came.
         decision: the last decision.
         retrained: what the retraining did, in words; "" when there was none.
-        problems: labels and batches that could not be used.
+        problems: labels that could not be used, and batches that the storage did not give.
     """
 
     champion: int
@@ -120,13 +129,22 @@ class Watched:
 def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     """Find out what there is to do, without a forward pass and without Prefect."""
     champion = registry.champion()
+    config = registry.config(champion)
+    refuse_contradiction(settings, config)
     batches = list_batches(settings.feed, settings.root)
     checks = registry.checks(champion.number)
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
-    labels = gather_labels(settings, batches, registry.config(champion).classes)
+    labels = gather_labels(settings, batches, config.classes)
     fresh = fresh_set(labels, registry.learned(champion))
-    finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
+    here = {(batch.id, batch.digest) for batch in batches}
+    finished = [
+        c
+        for c in checks
+        if c.finished
+        and c.metrics.get("batch.samples", 0) > 0
+        and (c.key.batch_id, c.key.digest) in here
+    ]
     history = _history(registry, settings, champion, fresh)
     return Plan(
         champion=champion,
@@ -156,7 +174,7 @@ def watch(settings_path: str) -> Watched:
     move = registry.observe_moves(now)
     plan = make_plan(registry, settings, now)
     champion = plan.champion
-    checked = check_all(registry, settings, plan, now) if plan.pending else ()
+    checked, unread = check_all(registry, settings, plan, now) if plan.pending else ((), ())
 
     if checked:  # labels that came with their batch, and new damage, count from here on
         plan = make_plan(registry, settings, now)
@@ -173,7 +191,10 @@ def watch(settings_path: str) -> Watched:
         decision = _decide(settings, _evidence(standing), plan.fresh, plan.history, now)
         _record_decision(registry, standing.run_id, decision, plan.fresh)
         if decision.action is Action.RETRAIN:
-            retrained = start_retraining(settings, champion, plan.fresh, standing, decision)
+            try:
+                retrained = start_retraining(settings, champion, plan.fresh, standing, decision)
+            except RetrainError as error:
+                retrained = f"nothing was retrained: {error}"
     return Watched(
         champion=champion.number,
         move=move,
@@ -181,25 +202,37 @@ def watch(settings_path: str) -> Watched:
         settled=settled,
         decision=decision,
         retrained=retrained,
-        problems=plan.labels.problems,
+        problems=(*unread, *plan.labels.problems),
     )
 
 
 def check_all(
     registry: Registry, settings: Settings, plan: Plan, now: datetime
-) -> tuple[Checked, ...]:
-    """Check every pending batch with one loaded network."""
+) -> tuple[tuple[Checked, ...], tuple[str, ...]]:
+    """Check every pending batch with one loaded network.
+
+    Returns:
+        What was checked, and what the storage did not give: that is tried again by the next run,
+        and does not keep the other batches waiting.
+    """
     champion = plan.champion
     network, reference = registry.network(champion), registry.reference(champion)
     learned = registry.learned(champion)
-    used = frozenset(learned[learned["role"] != Role.HOLDOUT.value]["sample_id"])
+    # the champion is overconfident on what it learned from, and its reference is no news to itself
+    used = frozenset(learned[learned["role"] != Role.HOLDOUT.value]["sample_id"]).union(
+        *(regime.features.sample_ids for regime in reference.regimes)
+    )
+    checked, unread = [], []
     with Progress(transient=True) as progress:
-        return tuple(
-            check.with_options(task_run_name=f"check {batch.id}")(
-                registry, settings, champion, network, reference, batch, used, plan, now
-            )
-            for batch in progress.track(plan.pending, description="checking")
-        )
+        for batch in progress.track(plan.pending, description="checking"):
+            one = check.with_options(task_run_name=f"check {batch.id}")
+            try:
+                checked.append(
+                    one(registry, settings, champion, network, reference, batch, used, plan, now)
+                )
+            except FeedError as error:
+                unread.append(f"batch {batch.id} was not checked: {error}")
+    return tuple(checked), tuple(unread)
 
 
 @task(name="check", cache_policy=NO_CACHE)
@@ -210,14 +243,14 @@ def check(
     network: Network,
     reference: Reference,
     batch: Batch,
-    learned: frozenset[str],
+    known: frozenset[str],
     plan: Plan,
     now: datetime,
 ) -> Checked:
     """Check one batch and put it on record: features in one pass, detection, estimate, decision.
 
-    Samples that the champion learned from are left out: it is overconfident on them. A batch that
-    cannot be read is recorded as failed and tried again when it changes.
+    Samples in `known` (learned from, or part of the reference) are left out. A batch that cannot be
+    read is recorded as failed and tried again when it changes.
     """
     key = CheckKey(champion.number, batch.id, batch.digest)
     run_id = registry.begin_check(key, batch.stamp)
@@ -227,9 +260,9 @@ def check(
         registry.log(run_id, tags={"sustain.action": "failed", "sustain.reason": str(error)})
         registry.end_run(run_id, failed=True)
         return _unmeasured(batch, champion, run_id, "failed", str(error))
-    places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in learned]
+    places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in known]
     if not places:
-        reason = "The champion learned from every sample of the batch: nothing is left to check."
+        reason = "The champion learned from every sample of the batch, or has it in its reference."
         registry.log(
             run_id,
             metrics={"batch.samples": 0.0},
@@ -242,8 +275,7 @@ def check(
     features = extract(
         network,
         tuple(read.samples["sample_id"].iloc[places]),
-        torch.stack([p.pixels for p in pictures]),
-        [(p.width, p.height) for p in pictures],
+        torch.stack([picture.pixels for picture in pictures]),
     )
     detection = detect_drift(reference, features, settings.detection)
     estimate = estimate_accuracy(reference, features)
@@ -305,7 +337,8 @@ def settle_check(registry: Registry, record: CheckRecord, labels: Labels) -> flo
     classes = registry.config(registry.version(record.key.champion)).classes
     index = {name: place for place, name in enumerate(classes)}
     rows = [i for i, name in enumerate(features.sample_ids) if name in batch_labels]
-    truth = [index.get(batch_labels[features.sample_ids[i]], -1) for i in rows]
+    # a class that the champion does not know is answered wrongly, whatever the answer
+    truth = [index.get(batch_labels[features.sample_ids[i]], len(classes)) for i in rows]
     accuracy = None
     if rows:
         result = settle(
@@ -407,28 +440,40 @@ def _standing(
 def _decide(
     settings: Settings, evidence: Evidence, fresh: FreshSet, history: History, now: datetime
 ) -> Decision:
-    labels = FreshLabels(n=len(fresh), classes=fresh.classes)
-    return decide(evidence, labels, history, now, settings.policy)
+    policy = replace(settings.policy, min_labels=labels_needed(fresh, settings))
+    return decide(evidence, FreshLabels(n=len(fresh), classes=fresh.classes), history, now, policy)
 
 
 def _history(registry: Registry, settings: Settings, champion: Version, fresh: FreshSet) -> History:
+    versions = registry.versions()
+    children = [v for v in versions if v.parent == champion.number]
     return History(
         last_promotion=_latest(champion.tags.get("promoted_at")),
-        last_rollback=_latest(*(v.tags.get("rolled_back_at") for v in registry.versions())),
-        remade=_remade(registry, retrain_key(champion.number, fresh, settings)),
+        last_rollback=_latest(*(v.tags.get("rolled_back_at") for v in versions)),
+        last_training=max((v.created for v in children), default=None),
+        remade=_remade(registry, settings, children, fresh),
     )
 
 
-def _remade(registry: Registry, key: str) -> str | None:
-    """Say what became of the version that these labels made; None when it may still come."""
-    version = registry.find_version(key)
-    if version is None or version.verdict is None:
+def _remade(
+    registry: Registry, settings: Settings, children: Sequence[Version], fresh: FreshSet
+) -> str | None:
+    """Say what became of the version that these labels made already, but for a few new ones.
+
+    A version that was refused or rolled back is not made again for one more label: it takes
+    `min_labels` new ones. None when there was no such version, or enough is new.
+    """
+    failed = [v for v in children if v.verdict is not None]
+    failed = [v for v in failed if v.rolled_back or v.verdict != Outcome.PROMOTE.value]
+    if not failed:
         return None
-    if version.rolled_back:
-        return f"version {version.number}, which was rolled back"
-    if version.verdict == "promote":
+    tried = pd.concat([registry.learned(version) for version in failed])
+    new = len(fresh_set(Labels(fresh.table, ()), tried))
+    if new >= settings.policy.min_labels:
         return None
-    return f"version {version.number}, whose verdict is {version.verdict!r}"
+    last = failed[-1]
+    became = "was rolled back" if last.rolled_back else f"got the verdict {last.verdict!r}"
+    return f"version {last.number}, which {became} ({new} labels are new since)"
 
 
 def _latest(*times: str | None) -> datetime | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from monitoring.reference import NO_LABEL, Reference, Regime, assign
+from monitoring.reference import NO_LABEL, Reference, Regime, portions
 
 if TYPE_CHECKING:
     from monitoring.features import FeatureTable, Floats, Integers
@@ -48,7 +48,7 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
 
     The share of labelled reference rows that are at least as confident as a threshold equals their
     accuracy; the share of such samples in the batch is the estimate. Each sample is judged by the
-    regime it is nearest to (a regime without labels by all labelled rows together), so a known
+    world it is nearest to (a world without labels by all labelled rows together), so a known
     world in which the model is weaker is no fall. Mean absolute error, measured: 2-3 points without
     shift, 8-15 when the whole batch is foreign, always too rosy.
 
@@ -56,7 +56,7 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
         ValueError: if no reference row has a label, or the batch cannot be compared with it.
 
     """
-    assigned = assign(reference, batch)
+    cut = portions(reference, batch)
     pooled = _labelled(reference.regimes)
     if not pooled[0].size:
         raise ValueError(
@@ -64,9 +64,9 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
             "build the reference from labelled held-out samples"
         )
     value = accuracy = variance = novelty = 0.0
-    for i in np.unique(assigned):
-        regime = reference.regimes[i]
-        part = batch.take(np.flatnonzero(assigned == i))
+    for portion in cut:
+        regime = portion.home
+        part = batch.take(portion.rows)
         share = len(part) / len(batch)
         confidence, correct = _labelled((regime,)) if regime.labelled.size else pooled
         threshold = _Threshold.fit(confidence, float(correct.mean()))

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from scipy import stats
 
-from monitoring.reference import MIN_PART, Reference, Regime, assign, halves
+from monitoring.reference import MIN_PART, Portion, Reference, Regime, halves, portions
 
 if TYPE_CHECKING:
-    from monitoring.features import FeatureTable, Floats, Integers
+    from monitoring.features import FeatureTable, Floats
 
 SMALL_BATCH = 20
 """Below it the F distribution is too hopeful on real embeddings: at 1 % it rang on .06 to .10 of
@@ -28,7 +28,7 @@ class DetectionSettings:
     Args:
         alpha: share of batches from the reference's own worlds that ring.
         max_dimensions: leading whitened dimensions tested at most (measured: 32; 8 lose power).
-        min_part: rows that a regime's part of a batch needs, or it goes with the largest part.
+        min_part: rows that a world's part of a batch needs, or it goes with the largest part.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -257,21 +257,24 @@ class Detection:
 def detect_drift(
     reference: Reference, batch: FeatureTable, settings: DetectionSettings
 ) -> Detection:
-    """Test each part of a batch against the regime that it is nearest to.
+    """Test each part of a batch against the regimes that it may have come from.
+
+    A part's p is the largest over its candidates (see `reference.portions`), so a batch of known
+    worlds stays at alpha whichever of them it came from. @CASES@
 
     Raises:
         ValueError: if the batch cannot be compared with the reference, or a regime is too small.
 
     """
     joint = Joint(((HotellingT2(settings.max_dimensions), 0.5), (ConfidenceKS(), 0.5)))
-    assigned = assign(reference, batch, settings.min_part)
-    parts = []
-    for i in np.unique(assigned):
-        rows = np.flatnonzero(assigned == i)
-        shifts = joint.shifts(reference.regimes[i], batch.take(rows))
+    parts, cut = [], portions(reference, batch, settings.min_part)
+    for portion in cut:
+        rows = batch.take(portion.rows)
+        tested = [joint.shifts(candidate, rows) for candidate in portion.candidates]
+        shifts = max(tested, key=lambda answers: joint.combine(answers).p_value)
         parts.append(
             Part(
-                regime=reference.regimes[i].name,
+                regime=reference.worlds[portion.world].name,
                 n=len(rows),
                 share=len(rows) / len(batch),
                 p_value=joint.combine(shifts).p_value,
@@ -285,33 +288,28 @@ def detect_drift(
         alpha=settings.alpha,
         parts=tuple(parts),
         regime=max(parts, key=lambda part: part.n).regime,
-        top_columns=_moved_columns(reference, batch, assigned),
+        top_columns=_moved_columns(reference.classes, batch, cut),
     )
 
 
 def _moved_columns(
-    reference: Reference, batch: FeatureTable, assigned: Integers
+    classes: tuple[str, ...], batch: FeatureTable, cut: tuple[Portion, ...]
 ) -> tuple[str, ...]:
     """Name what moved by more than three standard errors, the largest move first.
 
     The reference is mixed as the batch is, so a half-and-half batch of two known worlds is not
-    said to have moved.
+    said to have moved. Statistics that only one side has are left out.
     """
-    counts = np.bincount(assigned, minlength=len(reference.regimes))
-    mixture = [
-        (count / len(batch), regime)
-        for count, regime in zip(counts, reference.regimes, strict=True)
-        if count
+    common = [
+        column
+        for column in batch.statistics.columns
+        if all(column in portion.home.features.statistics.columns for portion in cut)
     ]
-    now, names = _columns(batch, reference.classes)
+    now, names = _columns(batch, common, classes)
     mean, variance, error = np.zeros((3, now.shape[1]))
-    for share, regime in mixture:
-        columns, its_names = _columns(regime.features, reference.classes)
-        if its_names != names:
-            raise ValueError(
-                f"regime {regime.name!r} has other picture statistics than the batch: extract the "
-                "batch again with this release"
-            )
+    for portion in cut:
+        share = len(portion.rows) / len(batch)
+        columns, _ = _columns(portion.home.features, common, classes)
         # A class that the reference never predicted still has a spread: half a row's worth.
         floor = np.array([0.5 / len(columns) if name[0] == "'" else 0.0 for name in names])
         spread = np.maximum(columns.var(axis=0), floor)
@@ -339,9 +337,11 @@ def _moved_columns(
     return tuple(words)
 
 
-def _columns(features: FeatureTable, classes: tuple[str, ...]) -> tuple[Floats, list[str]]:
+def _columns(
+    features: FeatureTable, common: list[str], classes: tuple[str, ...]
+) -> tuple[Floats, list[str]]:
     """Lay picture statistics, confidence and one column a predicted class side by side."""
-    statistics = features.statistics
+    statistics = features.statistics[common]
     is_class = features.predicted[:, None] == np.arange(len(classes))
     values = np.column_stack(
         [statistics.to_numpy(dtype=np.float64), features.confidence, is_class.astype(np.float64)]

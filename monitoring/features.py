@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 Floats: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.floating]]
@@ -79,12 +79,6 @@ class FeatureTable:
     def predicted(self) -> Integers:
         """The index of the predicted class, (n,)."""
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
-
-    @cached_property
-    def entropy(self) -> Floats:
-        """The entropy of the probabilities in nats, (n,) float64."""
-        p = self.probabilities.astype(np.float64)
-        return np.asarray(-np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=1))
 
     def take(self, index: Integers | Sequence[int]) -> FeatureTable:
         """Select rows by their positions, in the order given."""
@@ -177,26 +171,24 @@ def _matrix(column: pa.ChunkedArray) -> Floats:
 
 
 def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
-    """Put tables of the same version below one another.
+    """Put tables of the same version below one another, with the statistics that all have.
 
     Raises:
-        ValueError: if there are none, or if they differ in width or statistics.
+        ValueError: if there are none, or if they differ in width.
 
     """
     if not tables:
         raise ValueError("there is no feature table to concatenate")
-    first = tables[0]
-    for other in tables[1:]:
-        if list(other.statistics.columns) != list(first.statistics.columns):
-            raise ValueError(
-                "feature tables with different statistics cannot be put together: "
-                f"{list(first.statistics.columns)} and {list(other.statistics.columns)}"
-            )
+    common = [
+        column
+        for column in tables[0].statistics.columns
+        if all(column in table.statistics.columns for table in tables)
+    ]
     return FeatureTable(
         sample_ids=tuple(sample_id for table in tables for sample_id in table.sample_ids),
         embedding=np.concatenate([table.embedding for table in tables]),
         probabilities=np.concatenate([table.probabilities for table in tables]),
-        statistics=pd.concat([table.statistics for table in tables], ignore_index=True),
+        statistics=pd.concat([table.statistics[common] for table in tables], ignore_index=True),
     )
 
 
@@ -256,9 +248,8 @@ def extract(
     model: Embedder,
     sample_ids: Sequence[str],
     pixels: Tensor,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]] | None = None,
     batch_size: int = 256,
-    on_progress: Callable[[int], None] | None = None,
 ) -> FeatureTable:
     """See every picture once.
 
@@ -266,12 +257,13 @@ def extract(
         model: embeds and classifies.
         sample_ids: n ids.
         pixels: uint8 (n, C, H, W).
-        sizes: n times (width, height) of the picture as it arrived, in pixels.
+        sizes: n times (width, height) of the picture as it arrived, in pixels; None where the
+            pictures that it will be compared with have lost theirs.
         batch_size: pictures in one forward pass.
-        on_progress: is told, after each forward pass, how many pictures are done.
 
     Returns:
-        The table; `width`, `height` and `aspect` (width / height) join the picture statistics.
+        The table; with sizes, `width`, `height` and `aspect` (width / height) join the picture
+        statistics.
 
     Raises:
         ValueError: if there are no pictures, or not as many ids and sizes as pictures.
@@ -280,10 +272,9 @@ def extract(
     n = len(pixels)
     if n == 0:
         raise ValueError("there are no pictures to extract features from")
-    if len(sample_ids) != n or len(sizes) != n:
-        raise ValueError(
-            f"{n} pictures need as many ids and sizes, not {len(sample_ids)} and {len(sizes)}"
-        )
+    if len(sample_ids) != n or (sizes is not None and len(sizes) != n):
+        given = f"{len(sample_ids)} and {n if sizes is None else len(sizes)}"
+        raise ValueError(f"{n} pictures need as many ids and sizes, not {given}")
     embeddings, probabilities, statistics = [], [], []
     with torch.inference_mode():
         for start in range(0, n, batch_size):
@@ -293,14 +284,14 @@ def extract(
             embeddings.append(embedding.float().cpu().numpy())
             probabilities.append(probability.float().cpu().numpy())
             statistics.append(picture_statistics(some))
-            if on_progress is not None:
-                on_progress(start + len(some))
     table = FeatureTable(
         sample_ids=tuple(sample_ids),
         embedding=np.concatenate(embeddings),
         probabilities=np.concatenate(probabilities),
         statistics=pd.concat(statistics, ignore_index=True),
     )
+    if sizes is None:
+        return table
     width, height = np.asarray(sizes, dtype=np.float64).T
     return dataclasses.replace(
         table,

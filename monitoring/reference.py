@@ -10,27 +10,39 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.linalg
+import scipy.special
+from scipy import stats
 
-from monitoring.features import FeatureTable, Floats, Integers, write_parquet
+from monitoring.features import FeatureTable, Floats, Integers, concatenate, write_parquet
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 MIN_ROWS = 20
 """Fewer rows than this have no two halves worth the name."""
-MIN_PART = 8
-MIN_PART_SHARE = 0.05
+MIN_PART = 3
+"""A part of under 20 rows has an exact test, so it need not be large to be one of its own."""
+MERGE_BELOW = 0.6
+"""Regimes told apart in a smaller share of held-out rows (half of them: by chance) are one world.
+
+@MERGE@
+"""
+STRAY_QUANTILE = 0.99
+ROUNDS = 50
 SMALLEST_EIGENVALUE = 1e-4
 """Relative to the largest; dead ReLU dimensions below it broke the test's level."""
 ROWS_PER_DIMENSION = 10
 DISCRIMINANT_DIMENSIONS = 64
 NO_LABEL = -1
+
+Mask: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +96,8 @@ class Regime:
         name: unique among the version's regimes.
         features: n held-out samples; never training samples, which the model is overconfident on.
         labels: (n,) int64, the index of the class, -1 without a label.
+        split: the rows of the two halves, where they were drawn before: in a merged regime, or in
+            the rows of one that are routed alike. Not kept on disk.
 
     Raises:
         ValueError: if labels and features differ in number, or features are not finite.
@@ -93,6 +107,7 @@ class Regime:
     name: str
     features: FeatureTable
     labels: Integers
+    split: tuple[Integers, Integers] | None = None
 
     def __post_init__(self) -> None:
         if self.labels.shape != (len(self.features),):
@@ -116,8 +131,9 @@ class Regime:
     @cached_property
     def whitening(self) -> Whitening:
         """The leading axes of the fitting half, at most one for ten rows of the regime."""
-        fit, _ = halves(self)
-        return whiten(self.features.embedding[fit], len(self.features) // ROWS_PER_DIMENSION)
+        fit, compare = halves(self)
+        rows = 2 * min(len(fit), len(compare))
+        return whiten(self.features.embedding[fit], rows // ROWS_PER_DIMENSION)
 
     @cached_property
     def compared(self) -> Floats:
@@ -135,6 +151,8 @@ def halves(regime: Regime) -> tuple[Integers, Integers]:
         ValueError: if the regime has fewer than 20 rows.
 
     """
+    if regime.split is not None:
+        return regime.split
     n = len(regime.features)
     if n < MIN_ROWS:
         raise ValueError(
@@ -143,6 +161,42 @@ def halves(regime: Regime) -> tuple[Integers, Integers]:
         )
     order = np.random.default_rng(0).permutation(n)
     return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
+
+
+def merge(regimes: Sequence[Regime]) -> Regime:
+    """Put regimes together as one world; each row stays in the half that it was in."""
+    if len(regimes) == 1:
+        return regimes[0]
+    starts = np.cumsum([0, *(len(regime.features) for regime in regimes[:-1])])
+    split = [halves(regime) for regime in regimes]
+    return Regime(
+        " + ".join(dict.fromkeys(regime.name for regime in regimes)),
+        concatenate([regime.features for regime in regimes]),
+        np.concatenate([regime.labels for regime in regimes]),
+        split=(
+            np.concatenate([start + fit for start, (fit, _) in zip(starts, split, strict=True)]),
+            np.concatenate([start + rest for start, (_, rest) in zip(starts, split, strict=True)]),
+        ),
+    )
+
+
+def _restrict(regime: Regime, keep: Mask) -> Regime:
+    """Keep some rows of a regime, each in the half that it was in."""
+    if keep.all():
+        return regime
+    fit, compare = (half[keep[half]] for half in halves(regime))
+    rows = np.concatenate([fit, compare])
+    places = np.arange(len(rows))
+    return Regime(
+        regime.name,
+        regime.features.take(rows),
+        regime.labels[rows],
+        split=(places[: len(fit)], places[len(fit) :]),
+    )
+
+
+def _is_large_enough(regime: Regime) -> bool:
+    return min(map(len, halves(regime))) >= MIN_ROWS // 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,9 +255,37 @@ class Reference:
         return float(correct.mean())
 
     @cached_property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The positions of the regimes of each world, one tuple a world.
+
+        Two regimes are one world when a discriminant fitted on their fitting halves tells fewer
+        than `MERGE_BELOW` of their compared rows apart, each regime counted as half.
+        """
+        worlds = [{i} for i in range(len(self.regimes))]
+        for i, one in enumerate(self.regimes):
+            for j, other in enumerate(self.regimes[:i]):
+                if _told_apart(one, other) < MERGE_BELOW:
+                    joined = [world for world in worlds if i in world or j in world]
+                    worlds = [w for w in worlds if w not in joined] + [set[int]().union(*joined)]
+        return tuple(sorted(tuple(sorted(world)) for world in worlds))
+
+    @cached_property
+    def worlds(self) -> tuple[Regime, ...]:
+        """The regimes, with those merged that cannot be told apart ("first + since v1")."""
+        return tuple(merge([self.regimes[i] for i in world]) for world in self.members)
+
+    @cached_property
     def discriminant(self) -> Discriminant:
-        """The linear discriminant between the regimes, fitted on their fitting halves."""
-        return _discriminant([r.features.embedding[halves(r)[0]] for r in self.regimes])
+        """The linear discriminant between the worlds, fitted on their fitting halves.
+
+        A world's rows may lie in several: see `_discriminant`.
+        """
+        return _discriminant([w.features.embedding[halves(w)[0]] for w in self.worlds], ROUNDS)
+
+    @cached_property
+    def routed(self) -> tuple[Integers, ...]:
+        """For each regime, the world that each of its own rows is nearest to."""
+        return tuple(_nearest(self, regime.features) for regime in self.regimes)
 
     def require_readable(self, features: FeatureTable) -> None:
         """Refuse a batch that this reference cannot be compared with.
@@ -279,46 +361,152 @@ class Discriminant:
         return np.asarray(distance.argmin(axis=1), dtype=np.int64)
 
 
-def _discriminant(groups: list[Floats]) -> Discriminant:
+def _discriminant(groups: list[Floats], rounds: int = 0) -> Discriminant:
+    """Fit axes and centres to groups of rows, then let each group spread over all centres.
+
+    A regime that is half an older world and half a new one has its centre between the two, and the
+    border in the older one. So expectation and maximisation for normal distributions of one
+    covariance, in which every group has shares of its own, move the centre to the new half.
+    """
     rows = np.concatenate(groups)
     # The total variance chooses the space, so that the directions between regimes are in it.
     total = whiten(rows, min(DISCRIMINANT_DIMENSIONS, max(1, len(rows) // ROWS_PER_DIMENSION)))
-    points = [total.apply(group) for group in groups]
-    centres = np.stack([p.mean(axis=0) for p in points])
-    within = sum(
-        ((p - c).T @ (p - c) for p, c in zip(points, centres, strict=True)),
-        start=np.zeros((total.axes.shape[1],) * 2),
-    )
-    # In the total whitening every variance is at most 1; the ridge only keeps a constant one apart.
-    values, vectors = scipy.linalg.eigh(within / len(rows) + 1e-6 * np.eye(len(within)))
-    scale = vectors / np.sqrt(values)
+    points = total.apply(rows)
+    group = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+    belongs = np.eye(len(groups))[group]
+    centres, scale = _centres(points, belongs)
+    shares = np.full((len(groups),) * 2, 1 / len(groups))
+    for _ in range(rounds):
+        distance = (((points @ scale)[:, None] - (centres @ scale)) ** 2).sum(axis=2)
+        belongs = scipy.special.softmax(np.log(shares[group]) - distance / 2, axis=1)
+        if belongs.sum(axis=0).min() < MIN_ROWS // 2:
+            break
+        shares = np.stack([belongs[group == i].mean(axis=0) for i in range(len(groups))])
+        shares = np.maximum(shares, 1e-6)
+        centres, scale = _centres(points, belongs)
     return Discriminant(total.mean, total.axes @ scale, centres @ scale)
 
 
-def route(reference: Reference, features: FeatureTable) -> Integers:
-    """Give, for each row, the position of the regime that it is nearest to, (n,) int64.
+def _centres(points: Floats, belongs: Floats) -> tuple[Floats, Floats]:
+    """Give the weighted centres (r, k) and the axes (k, k) of unit covariance within them."""
+    weights = belongs.sum(axis=0)
+    centres = (belongs.T @ points) / weights[:, None]
+    within = points.T @ points - (centres.T * weights) @ centres
+    # In the total whitening every variance is at most 1; the ridge only keeps a constant one apart.
+    values, vectors = scipy.linalg.eigh(within / len(points) + 1e-6 * np.eye(len(within)))
+    return centres, vectors / np.sqrt(np.maximum(values, 1e-9))
 
-    By the linear discriminant between the regimes; zeros if there is only one.
+
+def _told_apart(one: Regime, other: Regime) -> float:
+    groups = [r.features.embedding for r in (one, other)]
+    split = [halves(one), halves(other)]
+    discriminant = _discriminant([g[fit] for g, (fit, _) in zip(groups, split, strict=True)])
+    right = [
+        float((discriminant.nearest(g[rest]) == i).mean())
+        for i, (g, (_, rest)) in enumerate(zip(groups, split, strict=True))
+    ]
+    return sum(right) / 2
+
+
+def _nearest(reference: Reference, features: FeatureTable) -> Integers:
+    if len(reference.members) == 1:
+        return np.zeros(len(features), dtype=np.int64)
+    return reference.discriminant.nearest(features.embedding)
+
+
+def route(reference: Reference, features: FeatureTable) -> Integers:
+    """Give, for each row, the position in `worlds` of the one that it is nearest to, (n,) int64.
+
+    By the linear discriminant between the worlds; zeros if there is only one.
 
     Raises:
         ValueError: if the batch cannot be compared with the reference, or a regime is too small.
 
     """
     reference.require_readable(features)
-    if len(reference.regimes) == 1:
-        return np.zeros(len(features), dtype=np.int64)
-    return reference.discriminant.nearest(features.embedding)
+    return _nearest(reference, features)
 
 
 def assign(reference: Reference, features: FeatureTable, min_part: int = MIN_PART) -> Integers:
-    """Route, then put parts too small to be a world of their own back with the largest part.
+    """Route, then put strays back with the largest part.
 
-    A part stays if it has at least `min_part` rows and 5 % of the batch: fewer are misrouted
-    samples, which are extreme by selection and would ring.
+    A part stays if it has at least `min_part` rows, and more than the largest part's world is
+    likely to have sent there: as many of its own held-out rows as go astray, at the 99 % quantile.
     """
-    regime = route(reference, features)
-    counts = np.bincount(regime, minlength=len(reference.regimes))
-    needed = max(min_part, MIN_PART_SHARE * len(features))
+    world = route(reference, features)
+    counts = np.bincount(world, minlength=len(reference.members))
     largest = int(counts.argmax())
-    small = (counts < needed) & (np.arange(len(counts)) != largest)
-    return np.where(small[regime], largest, regime)
+    astray = np.mean([_sent(reference, i) for i in reference.members[largest]], axis=0)
+    limit = stats.binom.ppf(STRAY_QUANTILE, len(features), astray)
+    small = ((counts < min_part) | (counts <= limit)) & (np.arange(len(counts)) != largest)
+    return np.where(small[world], largest, world)
+
+
+def _sent(reference: Reference, regime: int) -> Floats:
+    """Give the shares of a regime's compared rows that go to each world, never quite 0 or 1."""
+    routed = reference.routed[regime][halves(reference.regimes[regime])[1]]
+    counts = np.bincount(routed, minlength=len(reference.members))
+    return np.asarray((counts + 0.5) / (len(routed) + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Portion:
+    """The rows of a batch that are nearest to one world, and what they may be compared with.
+
+    Args:
+        world: its position in `Reference.worlds`.
+        rows: positions in the batch.
+        home: the world's rows that the discriminant sends where it sent these.
+        candidates: each source that the rows may have come from, so selected: the regimes of the
+            world, the other regimes that send as many there, and all of them together. The rows
+            are new only if they differ from every one.
+
+    """
+
+    world: int
+    rows: Integers
+    home: Regime
+    candidates: tuple[Regime, ...]
+
+
+def portions(
+    reference: Reference, features: FeatureTable, min_part: int = MIN_PART
+) -> tuple[Portion, ...]:
+    """Cut a batch by world and find what each part is to be compared with.
+
+    A part was selected by the discriminant, so it is compared with reference rows that the
+    discriminant selects too: against the unselected ones a second regime of the same world made
+    .81 of quiet batches of 100 ring, and all of 400 (64-d, 600 rows a regime). Where worlds
+    overlap, what is nearest to one comes from several in unknown shares; of those, each alone
+    and all together are tried.
+
+    Raises:
+        ValueError: if the batch cannot be compared with the reference, or a regime is too small.
+
+    """
+    nearest, assigned = route(reference, features), assign(reference, features, min_part)
+    found = []
+    for world in np.unique(assigned):
+        rows = np.flatnonzero(assigned == world)
+        members = reference.members[world]
+        ours, others = [], []
+        for i, regime in enumerate(reference.regimes):
+            # only the world's own regimes send strays that are put back
+            cells = np.unique(nearest[rows]) if i in members else [world]
+            selected = _restrict(regime, np.isin(reference.routed[i], cells))
+            if i in members:
+                ours.append(selected)
+            elif _is_large_enough(selected):
+                likely = stats.binom.ppf(STRAY_QUANTILE, len(features), _sent(reference, i)[world])
+                others.append((selected, len(rows) <= likely))
+        home = merge(ours)
+        if not _is_large_enough(home):
+            home, ours = reference.worlds[world], [reference.regimes[i] for i in members]
+        candidates = [home]
+        if len(ours) > 1:
+            candidates += [regime for regime in ours if _is_large_enough(regime)]
+        if others:
+            candidates += [regime for regime, alone in others if alone]
+            candidates.append(merge([*ours, *(regime for regime, _ in others)]))
+        found.append(Portion(int(world), rows, home, tuple(candidates)))
+    return tuple(found)

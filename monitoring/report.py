@@ -221,7 +221,7 @@ def write_report(
     rows of the regime that fits best. A column is marked as drifted when its own test is at most
     alpha divided by the number of columns.
     """
-    regime = next(r for r in reference.regimes if r.name == detection.regime)
+    regime = next(r for r in reference.worlds if r.name == detection.regime)
     shown, before = _columns(reference, regime, batch)
     tests = [
         ValueDrift(
@@ -281,8 +281,13 @@ def _columns(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Give the summary columns of the batch and of the regime, without those that never vary."""
     classes = _shown_classes(reference, regime, batch)
+    common = [
+        column
+        for column in batch.statistics.columns
+        if column in regime.features.statistics.columns
+    ]
     now, before = (
-        table.statistics.iloc[:, : MAX_COLUMNS - 2]
+        table.statistics[common[: MAX_COLUMNS - 2]]
         .rename(columns=lambda name: _label(str(name)))
         .assign(
             confidence=table.confidence.astype(np.float64),

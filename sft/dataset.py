@@ -85,14 +85,6 @@ def join(parts: Sequence[LabelledPictures]) -> LabelledPictures:
     )
 
 
-def sample_evenly(data: LabelledPictures, most: int, *, seed: int) -> LabelledPictures:
-    """Return at most `most` samples, drawn uniformly: the measured default for rehearsal memory."""
-    if len(data) <= most:
-        return data
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return data.take(sorted(order[:most].tolist()))
-
-
 def batches(
     fresh: LabelledPictures,
     memory: LabelledPictures | None,
@@ -108,8 +100,10 @@ def batches(
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
-    order = torch.randperm(len(fresh), generator=generator)
-    for chosen in order.split(fresh_count):
+    chunks = list(torch.randperm(len(fresh), generator=generator).split(fresh_count))
+    if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    for chosen in chunks:
         pixels, labels = fresh.pixels[chosen], fresh.labels[chosen]
         if memory is not None and old_count:
             share = max(1, round(old_count * len(chosen) / fresh_count))

@@ -7,7 +7,7 @@ stays trainable and can be judged when the feed's old data is gone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,11 +97,26 @@ class Memory:
         return Memory(kept[list(COLUMNS)].reset_index(drop=True))
 
     def extended(self, more: Memory) -> Memory:
-        """Return this memory with more samples; a sample that is in both is taken from `more`."""
-        old = self.table[~self.table["sample_id"].isin(more.table["sample_id"])]
+        """Return this memory with more samples.
+
+        A sample that is in both is taken from `more` (its label was corrected), but stays in the
+        regime that it came from.
+        """
         if more.table.empty:
-            return Memory(old.reset_index(drop=True))
-        return Memory(pd.concat([old, more.table], ignore_index=True))
+            return self
+        old = self.without(more.table["sample_id"])
+        came_from = dict(zip(self.table["sample_id"], self.table["regime"], strict=True))
+        regimes = [
+            came_from.get(name, regime)
+            for name, regime in zip(more.table["sample_id"], more.table["regime"], strict=True)
+        ]
+        new = more.table.assign(regime=pd.Series(regimes, dtype="object"))
+        return Memory(pd.concat([old.table, new], ignore_index=True))
+
+    def without(self, sample_ids: Iterable[str]) -> Memory:
+        """Return this memory without some samples."""
+        kept = ~self.table["sample_id"].isin(list(sample_ids))
+        return Memory(self.table[kept].reset_index(drop=True))
 
     def save(self, path: Path) -> None:
         """Write Parquet."""

@@ -83,16 +83,19 @@ def fine_tune(
     settings: TrainingSettings,
     *,
     memory: LabelledPictures | None = None,
+    anchor: Network | None = None,
     validation: tuple[LabelledPictures, ...] = (),
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of `start` on fresh samples; `start` itself is not changed.
 
     Args:
-        start: the network to begin from; its weights anchor L2-SP.
+        start: the network to begin from.
         fresh: what to learn.
         settings: how.
         memory: old samples, rehearsed beside the fresh ones.
+        anchor: the network whose weights L2-SP pulls towards; `start` by default. A head that was
+            widened is pulled only in the rows that the anchor has.
         validation: sets whose mean losses are averaged for early stopping, each set with the same
             weight (fresh and old, so that the best epoch is not the one that forgot most).
         on_epoch: called after each epoch, for progress.
@@ -111,7 +114,7 @@ def fine_tune(
     network = copy.deepcopy(start)
     network.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(settings.seed)
-    pull = L2SP(dict(network.named_parameters()), settings.l2_sp)
+    pull = L2SP(dict((anchor or start).named_parameters()), settings.l2_sp)
     weights = _loss_weights(network, fresh, memory, settings)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay

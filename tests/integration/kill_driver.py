@@ -520,11 +520,18 @@ def _version(registry: Registry, version: Any) -> dict[str, Any]:
         "status": found.status,
         "description": found.description,
         "run": run.info.status,
-        "is what was registered": flows.registry._digest(folder) == version.tags["digest"],
+        "is what was registered": {
+            hashlib.sha256(manifest).hexdigest()
+            for manifest in (
+                flows.registry._manifest(folder),
+                (folder / flows.registry.MANIFEST).read_bytes(),
+            )
+        }
+        == {version.tags["digest"]},
         "files": {
             path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "MLmodel"
+            if path.is_file() and path.name not in ("MLmodel", flows.registry.MANIFEST)
         },
     }
 

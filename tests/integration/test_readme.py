@@ -7,13 +7,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from flows.cli import main
 from flows.demo import _arrive, _mnist, _write_class_folders
+from sft.dataset import LabelledPictures
 from sft.models import ModelConfig, build
 from sft.pictures import Preprocessing
+from sft.train import TrainingSettings, fine_tune
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -69,8 +72,20 @@ def test_the_other_way(
     sustain(told("sustain init"))
     set_up(tmp_path)
     classes = tuple(str(digit) for digit in range(10))
-    theirs = build(ModelConfig("mlp", classes, Preprocessing(28, 28, 1), (0.5,), (0.5,)))
+    config = ModelConfig("mlp", classes, Preprocessing(28, 28, 1), (0.5,), (0.5,))
+    digits = _mnist()[500:1100]
+    known = LabelledPictures(
+        tuple(map(str, range(600))),
+        torch.from_numpy(digits.pictures).unsqueeze(1),
+        torch.from_numpy(digits.labels),
+    )
+    theirs = fine_tune(build(config), known, TrainingSettings(epochs=3)).network
     save_file(theirs.body.state_dict(), tmp_path / "model.safetensors")
+    toml = tmp_path / "sustain.toml"
+    text = toml.read_text().replace("classes = [] ", f"classes = {list(classes)} ", 1)
+    toml.write_text(
+        text.replace("mean = [] ", "mean = [0.5] ", 1).replace("std = [] ", "std = [0.5] ", 1)
+    )
     bootstraps = [c for c in COMMANDS if c.startswith("sustain bootstrap")]
     assert "version 1 is champion" in sustain(bootstraps[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,7 @@ def test_a_challenger_that_is_no_better_is_refused_once(
     assert "was not promoted" in watched.retrained
     again = watch(str(world.path))
     assert again.decision.action == "ask_for_labels"
-    assert "already made version 2, whose verdict is" in again.decision.reason
+    assert "already made version 2, which got the verdict" in again.decision.reason
     assert make_plan(registry, world.settings, datetime.now(UTC)).idle
     assert not retrain(str(world.path)).made_now
     assert [v.number for v in registry.versions()] == [1, 2]
@@ -186,11 +187,12 @@ def test_a_model_that_brings_its_own_loader_is_refused(
     version = registry.version(1)
     (model,) = (world.path.parent / "mlartifacts" / version.run_id).rglob("MLmodel")
     model.write_text(model.read_text().replace("sft.serving", "os"))
-    from flows.registry import PARTS, _digest
+    from flows.registry import MANIFEST, PARTS, _manifest
 
     folder = world.path.parent / "mlartifacts" / version.run_id / "artifacts"
     assert all((folder / part).exists() for part in PARTS)
-    registry.tag(version, digest=_digest(folder))
+    (folder / MANIFEST).write_bytes(_manifest(folder))
+    registry.tag(version, digest=sha256(_manifest(folder)).hexdigest())
     with pytest.raises(RegistryError, match=r"asks for the loader 'os'; only 'sft.serving'"):
         Registry(world.settings).network(registry.version(1))
 
@@ -200,19 +202,38 @@ def test_adopting_a_model_of_ones_own(tmp_path: Path, prefect_server: str) -> No
     from safetensors.torch import save_file
 
     from flows.demo import _mnist, _write_class_folders
+    from sft.dataset import LabelledPictures
     from sft.models import ModelConfig, build
     from sft.pictures import Preprocessing
+    from sft.train import TrainingSettings, fine_tune
 
     assert prefect_server
     classes = tuple(str(digit) for digit in range(10))
-    theirs = build(ModelConfig("mlp", classes, Preprocessing(28, 28, 1), (0.5,), (0.5,)), seed=7)
-    save_file(theirs.body.state_dict(), tmp_path / "theirs.safetensors")
-    path = tmp_path / "sustain.toml"
-    path.write_text(
-        '[model]\nname = "own"\narchitecture = "mlp"\nchannels = 1\nmean = [0.5]\nstd = [0.5]\n'
+    config = ModelConfig("mlp", classes, Preprocessing(28, 28, 1), (0.5,), (0.5,))
+    digits = _mnist()
+    known = LabelledPictures(
+        tuple(map(str, range(600))),
+        torch.from_numpy(digits.pictures[:600]).unsqueeze(1),
+        torch.from_numpy(digits.labels[:600]),
     )
-    _write_class_folders(tmp_path / "held", _mnist()[:200])
+    theirs = fine_tune(build(config), known, TrainingSettings(epochs=3)).network
+    save_file(theirs.body.state_dict(), tmp_path / "theirs.safetensors")
     adopt = str(tmp_path / "theirs.safetensors")
+    path = tmp_path / "sustain.toml"
+    text = '[model]\nname = "own"\narchitecture = "mlp"\nchannels = 1\n'
+    path.write_text(text)
+    _write_class_folders(tmp_path / "held", digits[600:800])
+    with pytest.raises(BootstrapError, match="name its classes under"):
+        bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
+    shuffled = f"classes = {list(classes[1:] + classes[:1])}\n"
+    path.write_text(text + shuffled)
+    with pytest.raises(BootstrapError, match="state the mean and std"):
+        bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
+    normal = "mean = [0.5]\nstd = [0.5]\n"
+    path.write_text(text + shuffled + normal)
+    with pytest.raises(BootstrapError, match="no better than a guess among 10 classes"):
+        bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
+    path.write_text(text + f"classes = {list(classes)}\n" + normal)
     made = bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
     registry = Registry(load_settings(path))
     ours = registry.network(registry.champion())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sft.dataset import LabelledPictures, Role, batches, join, role_of, sample_evenly, shift
+from sft.dataset import LabelledPictures, Role, batches, join, role_of, shift
 
 
 def pictures(n: int, *, first: int = 0, prefix: str = "b") -> LabelledPictures:
@@ -83,42 +83,6 @@ def test_nothing_taken_is_an_empty_set() -> None:
         join([])
 
 
-def test_an_even_sample_is_seeded_and_without_repetition() -> None:
-    """At most so many, the same for a seed, others for another, in the old order."""
-    data = pictures(100)
-    some = sample_evenly(data, 30, seed=1)
-    assert len(set(some.sample_ids)) == 30
-    assert some.labels.tolist() == sorted(some.labels.tolist())
-    assert some.sample_ids == sample_evenly(data, 30, seed=1).sample_ids
-    assert some.sample_ids != sample_evenly(data, 30, seed=2).sample_ids
-    assert sample_evenly(data, 100, seed=1) is data
-
-
-@pytest.mark.parametrize("n", [1, 8, 50, 64])
-@pytest.mark.parametrize("rehearsal", [0.0, 0.25, 0.5, 0.9])
-def test_a_pass_covers_every_fresh_sample_once(n: int, rehearsal: float) -> None:
-    """Whatever the mix, each fresh sample comes exactly once, with its own label."""
-    given = one_pass(pictures(n), pictures(100, first=100), rehearsal=rehearsal)
-    labels = torch.cat([labels for _, labels in given])
-    assert sorted(labels[labels < 100].tolist()) == list(range(n))
-    for pixels, labels in given:
-        assert torch.equal(pixels[:, 0, 0, 0].long(), labels)
-
-
-@pytest.mark.parametrize(("rehearsal", "old"), [(0.0, 0), (0.25, 4), (0.5, 8), (0.75, 12)])
-def test_a_share_of_every_batch_is_old(rehearsal: float, old: int) -> None:
-    """Full batches hold the exact share; the last, short one holds it to the nearest sample."""
-    fresh_count = 16 - old
-    *full, (_, last) = one_pass(
-        pictures(fresh_count * 3 + 2), pictures(100, first=100), rehearsal=rehearsal
-    )
-    assert [len(labels) for _, labels in full] == [16, 16, 16]
-    assert [int((labels >= 100).sum()) for _, labels in full] == [old] * 3
-    assert int((last < 100).sum()) == 2
-    assert int((last >= 100).sum()) == round(old * 2 / fresh_count)
-    assert all(len(set(labels.tolist())) == len(labels) for _, labels in full)
-
-
 def test_a_small_memory_is_repeated_to_its_share() -> None:
     """Three old samples fill a half of eight, each two or three times."""
     [(_, labels), *_] = one_pass(pictures(8), pictures(3, first=100))
@@ -191,3 +155,16 @@ def test_no_shift_returns_the_pictures_as_they_are() -> None:
     pixels = pictures(3).pixels
     assert shift(pixels, 0, generator) is pixels
     assert torch.equal(generator.get_state(), state)
+
+
+def test_a_last_batch_of_one_joins_the_one_before() -> None:
+    """Batch norm cannot learn from a single sample, so no batch has one."""
+    data = LabelledPictures(
+        tuple(map(str, range(9))), torch.zeros(9, 1, 2, 2, dtype=torch.uint8), torch.arange(9)
+    )
+    generator = torch.Generator().manual_seed(0)
+    sizes = [
+        len(labels)
+        for _, labels in batches(data, None, batch_size=4, rehearsal=0.0, generator=generator)
+    ]
+    assert sizes == [4, 5]

@@ -149,13 +149,13 @@ def test_a_bounded_memory_is_a_uniform_sample() -> None:
 
 
 def test_a_newer_sample_replaces_the_older() -> None:
-    """A sample in both memories is taken from the newer one: its label, role and regime."""
+    """A sample in both memories has the newer label and role, in the regime that it came from."""
     old = memory(3)
     newer = remember(pictures(2, first=2, seed=9), ("x", "y"), [Role.TRAIN] * 2, "second")
     table = old.extended(newer).table
     assert table["sample_id"].tolist() == ["b/0000", "b/0001", "b/0002", "b/0003"]
     assert table["role"].tolist() == ["holdout", "holdout", "train", "train"]
-    assert table["regime"].tolist() == ["first", "first", "second", "second"]
+    assert table["regime"].tolist() == ["first", "first", "first", "second"]
     assert table["image"].tolist()[2:] == newer.table["image"].tolist()
     assert len(old) == 3
     empty = memory(0)

@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from samples import SEEN, as_dict, names, parquet, picture, read, reasons, write
 
+import flows.batches
 import flows.intake
 import flows.storage
 from flows.batches import read_batch, read_own_labels
 from flows.feed import BatchNotReady, FeedSettings, list_batches
 from flows.labels import read_labels
+from flows.storage import FeedError, Refused, open_place, open_ranges, walk
 from sft.pictures import decode
 
 # --- links and names
@@ -160,3 +163,93 @@ def test_a_bucket_that_changes_while_it_is_read(root: Path) -> None:
         "restless://labels/1.csv: it changed each of the 3 times that it was read; "
         "the file was passed over"
     )
+
+
+def test_of_a_shard_in_a_bucket_only_the_labels_are_fetched(
+    bucket: tuple[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard of pictures is not copied for its labels, and hardly touched if it has none."""
+    url, fs = bucket
+    large = [bytes(np.random.default_rng(i).bytes(100_000)) for i in range(12)]
+    rows = {"image": large, "file_name": [f"{i}.png" for i in range(12)]}
+    fs.pipe_file(f"{url}/labelled/s.parquet", parquet(**rows, label=list("abcdefghijkl")))
+    fs.pipe_file(f"{url}/unlabelled/S.PARQUET", parquet(**rows))
+    fs.pipe_file(f"{url}/broken/s.parquet", b"PAR1" + bytes(300_000) + b"PAR1")
+    settings = FeedSettings(url)
+    batches = {batch.id: batch for batch in list_batches(settings, root)}
+    fetched: list[int] = []
+    plain = MemoryFileSystem.cat_file
+
+    def cat_file(self: Any, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        content = bytes(plain(self, path, start, end))
+        fetched.append(len(content))
+        return content
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    monkeypatch.setattr(MemoryFileSystem, "_open", None)
+    labels = {f"labelled/{i}.png": label for i, label in enumerate("abcdefghijkl")}
+    assert read_own_labels(batches["labelled"], settings, root) == labels
+    assert sum(fetched) < 700_000  # of 1,200,000, and 64 kB at a time
+    fetched.clear()
+    assert read_own_labels(batches["unlabelled"], settings, root) == {}
+    assert sum(fetched) < 140_000
+    assert read_own_labels(batches["broken"], settings, root) == {}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3])
+@pytest.mark.parametrize("how", ["raises", "stops short"])
+def test_a_bucket_that_fails_is_not_taken_for_a_broken_shard(
+    bucket: tuple[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch, at: int, how: str
+) -> None:
+    """Whichever request fails, the storage is named; labels are never passed over for it."""
+    url, fs = bucket
+    large = [bytes(np.random.default_rng(i).bytes(100_000)) for i in range(12)]
+    fs.pipe_file(f"{url}/b/s.parquet", parquet(image=large, label=list("abcdefghijkl")))
+    (batch,) = list_batches(FeedSettings(url), root)
+    answers = iter([True] * at)
+    plain = MemoryFileSystem.cat_file
+
+    def cat_file(self: Any, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        if next(answers, False):
+            return bytes(plain(self, path, start, end))
+        if how == "raises":
+            raise ConnectionError("the line is dead")
+        return bytes(plain(self, path, start, end))[:-1]
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    with pytest.raises(FeedError, match=r"s\.parquet could not be read: .*(dead|bytes came, and)"):
+        read_own_labels(batch, FeedSettings(url), root)
+
+
+def test_a_shard_that_disappears_has_no_labels(bucket: tuple[str, Any], root: Path) -> None:
+    """It is left to `read_batch`, which says so."""
+    url, fs = bucket
+    fs.pipe_file(f"{url}/b/s.parquet", parquet(image=[picture()], label=["a"]))
+    (batch,) = list_batches(FeedSettings(url), root)
+    entries = walk(open_place(batch.url, {}, root))
+    fs.rm(f"{url}/b/s.parquet")
+    with pytest.raises(Refused, match="disappeared while it was read"):
+        open_ranges(open_place(batch.url, {}, root), entries["s.parquet"]).read(4)
+    assert read_own_labels(batch, FeedSettings(url), root) == {}
+
+
+def test_a_batch_that_can_have_no_labels_is_not_listed_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are known: pictures without class folders, metadata or shards."""
+    write(root / "feed", {"plain/1.png": picture(), "plain/.hidden/2.png": picture()})
+    write(root / "feed", {"folders/cat/1.png": picture(), "shard/S.PARQUET": b"broken"})
+    batches = {batch.id: batch for batch in list_batches(FeedSettings(), root)}
+    listed: list[str] = []
+
+    def listing(place: Any) -> Any:
+        listed.append(place.path.rsplit("/", 1)[1])
+        return walk(place)
+
+    monkeypatch.setattr(flows.batches, "walk", listing)
+    own = {name: read_own_labels(batch, FeedSettings(), root) for name, batch in batches.items()}
+    assert own == {"plain": {}, "folders": {"folders/cat/1.png": "cat"}, "shard": {}}
+    assert sorted(listed) == ["folders", "shard"]
+    assert batches["plain"].holds("plain/1.png")
+    assert not batches["plain"].holds("plain/2.png")
+    assert batches["shard"].holds("shard/anything")
