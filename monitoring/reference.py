@@ -456,10 +456,10 @@ class Portion:
     Args:
         world: its position in `Reference.worlds`.
         rows: positions in the batch.
-        home: the world's rows that the discriminant sends where it sent these.
-        candidates: each source that the rows may have come from, so selected: the regimes of the
-            world, the other regimes that send as many there, and all of them together. The rows
-            are new only if they differ from every one.
+        home: the world's own rows that the discriminant sends there too.
+        candidates: each source that the rows may have come from, so selected: the world with and
+            without strays, its regimes, other regimes that send as many there, and all of them
+            together. The rows are new only if they differ from every one.
 
     """
 
@@ -489,24 +489,35 @@ def portions(
     for world in np.unique(assigned):
         rows = np.flatnonzero(assigned == world)
         members = reference.members[world]
-        ours, others = [], []
-        for i, regime in enumerate(reference.regimes):
-            # only the world's own regimes send strays that are put back
-            cells = np.unique(nearest[rows]) if i in members else [world]
-            selected = _restrict(regime, np.isin(reference.routed[i], cells))
-            if i in members:
-                ours.append(selected)
-            elif _is_large_enough(selected):
-                likely = stats.binom.ppf(STRAY_QUANTILE, len(features), _sent(reference, i)[world])
-                others.append((selected, len(rows) <= likely))
-        home = merge(ours)
+        cells = np.unique(nearest[rows])
+        own = [_restrict(reference.regimes[i], reference.routed[i] == world) for i in members]
+        home = merge(own)
         if not _is_large_enough(home):
-            home, ours = reference.worlds[world], [reference.regimes[i] for i in members]
+            home, own = reference.worlds[world], [reference.regimes[i] for i in members]
         candidates = [home]
-        if len(ours) > 1:
-            candidates += [regime for regime in ours if _is_large_enough(regime)]
+        if len(own) > 1:
+            candidates += [regime for regime in own if _is_large_enough(regime)]
+        if len(cells) > 1:
+            # with the strays that its own regimes send too, where some were put back
+            candidates.append(
+                merge(
+                    [
+                        _restrict(reference.regimes[i], np.isin(reference.routed[i], cells))
+                        for i in members
+                    ]
+                )
+            )
+        others = []
+        for i, regime in enumerate(reference.regimes):
+            if i in members:
+                continue
+            selected = _restrict(regime, reference.routed[i] == world)
+            if _is_large_enough(selected):
+                others.append(selected)
+                likely = stats.binom.ppf(STRAY_QUANTILE, len(features), _sent(reference, i)[world])
+                if len(rows) <= likely:
+                    candidates.append(selected)
         if others:
-            candidates += [regime for regime, alone in others if alone]
-            candidates.append(merge([*ours, *(regime for regime, _ in others)]))
+            candidates.append(merge([*own, *others]))
         found.append(Portion(int(world), rows, home, tuple(candidates)))
     return tuple(found)

@@ -149,10 +149,10 @@ def test_labels_that_do_not_suffice(small_world: Callable[[str], World]) -> None
 
     write(dict(list(labels.items())[:10]))
     watched = watch(str(world.path))
-    assert "labels are missing: 10 of 3" in watched.decision.reason
+    assert "30 labels are missing: 10 of 40" in watched.decision.reason
     result = sustain("retrain", "-s", str(world.path))
     assert result.exit_code == 1
-    assert "10 fresh labels, and 3" in said(result)
+    assert "10 fresh labels, and 40 are needed" in said(result)
 
     write(dict.fromkeys(list(labels)[:40], "3"))
     watched = watch(str(world.path))

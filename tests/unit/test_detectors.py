@@ -187,15 +187,56 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
 
 
 def test_batches_that_cannot_be_read_are_named() -> None:
-    """NaN, no rows and other statistics are errors in words."""
+    """NaN and no rows are errors in words."""
     rng = np.random.default_rng(8)
     reference, batch = worlds(rng), table(rng, 30)
-    other = table(rng, 30)
-    other.statistics.columns = ["brightness", "height"]
-    with pytest.raises(ValueError, match="other picture statistics"):
-        check(reference, other)
     with pytest.raises(ValueError, match="no rows"):
         check(reference, batch.take([]))
     batch.probabilities[3] = np.nan
     with pytest.raises(ValueError, match="batch: 1 of 30 rows"):
         check(reference, batch)
+
+
+@pytest.mark.parametrize("columns", [["brightness", "height"], ["height", "w"]])
+def test_statistics_that_both_have_are_compared(columns: list[str]) -> None:
+    """A batch with other statistics than the reference is compared on the common ones."""
+    rng = np.random.default_rng(10)
+    batch = table(rng, 60, bright=3)
+    batch.statistics.columns = columns
+    words = check(worlds(rng), batch).top_columns
+    assert any("brightness +" in word for word in words) == ("brightness" in columns)
+    assert not any("height" in word or "width" in word for word in words)
+
+
+@pytest.mark.parametrize("m", [50, 400])
+@pytest.mark.parametrize("old_share", [1.0, 0.5])
+def test_the_same_world_twice_stays_at_alpha(m: int, old_share: float) -> None:
+    """A second regime of the same world, or half of it, makes no batch of known worlds ring."""
+    rng, rings = np.random.default_rng(m), {"old": 0, "new": 0, "both": 0}
+    for _ in range(40):
+        again = round(400 * old_share)
+        second = concatenate([table(rng, again), table(rng, 400 - again, world=15.0)])
+        second = second.take(rng.permutation(400))
+        reference = Reference(
+            (regime("first", rng), Regime("since v1", second, np.full(400, -1))), CLASSES
+        )
+        assert len(reference.worlds) == (1 if old_share == 1 else 2)
+        new = 15.0 if old_share < 1 else 0.0
+        half = concatenate([table(rng, m // 2), table(rng, m // 2, world=new)])
+        for name, batch in (
+            ("old", table(rng, m)), ("new", table(rng, m, world=new)), ("both", half),
+        ):  # fmt: skip
+            rings[name] += check(reference, batch, alpha=0.05).alarm
+        third = table(rng, m, move=2.0)
+        assert check(reference, third).alarm
+    assert max(rings.values()) <= stats.binom.ppf(0.999, 40, 0.05)
+
+
+@pytest.mark.parametrize("few", [1, 2, 3, 5, 10])
+def test_a_few_rows_of_another_known_world_are_quiet(few: int) -> None:
+    """A handful of sketches among fifty pictures is known, whichever way it is tested."""
+    rng, rings = np.random.default_rng(few), 0
+    for _ in range(60):
+        batch = concatenate([table(rng, 50 - few), table(rng, few, world=15.0)])
+        rings += check(worlds(rng), batch, alpha=0.05).alarm
+    assert rings <= stats.binom.ppf(0.999, 60, 0.05)

@@ -85,13 +85,12 @@ def test_statistics_refuse_other_tensors(pixels: Tensor) -> None:
 
 
 def test_extract_sees_every_picture_once() -> None:
-    """One pass in batches gives what one big pass gives, and tells how far it is."""
-    pixels, model, progress = digits(50), Projection(64), []
+    """One pass in batches gives what one big pass gives."""
+    pixels, model = digits(50), Projection(64)
     ids = [f"b/{i}" for i in range(50)]
     sizes = [(20, 10)] * 50
-    some = extract(model, ids, pixels, sizes, batch_size=16, on_progress=progress.append)
+    some = extract(model, ids, pixels, sizes, batch_size=16)
     assert model.batches == [16, 16, 16, 2]
-    assert progress == [16, 32, 48, 50]
     whole = extract(Projection(64), ids, pixels, sizes)
     np.testing.assert_allclose(some.embedding, whole.embedding, atol=1e-5)
     assert some.embedding.shape == (50, 16)
@@ -100,6 +99,14 @@ def test_extract_sees_every_picture_once() -> None:
         "brightness", "contrast", "sharpness", "saturation", "width", "height", "aspect",
     ]  # fmt: skip
     assert (some.statistics[["width", "height", "aspect"]] == [20, 10, 2]).all(axis=None)
+
+
+def test_without_sizes_there_are_no_columns_of_them() -> None:
+    """Pictures whose sizes nobody knows have the other statistics."""
+    table = extract(Projection(64), ["a", "b"], digits(2))
+    assert list(table.statistics.columns) == ["brightness", "contrast", "sharpness", "saturation"]
+    with pytest.raises(ValueError, match="2 pictures need as many ids"):
+        extract(Projection(64), ["a"], digits(2))
 
 
 def test_extract_refuses_nothing_and_mismatches() -> None:
@@ -111,13 +118,12 @@ def test_extract_refuses_nothing_and_mismatches() -> None:
 
 
 def test_predictions() -> None:
-    """Confidence, prediction and entropy come from the probabilities, zeros included."""
+    """Confidence and prediction come from the probabilities, zeros included."""
     p = np.array([[1, 0, 0], [0.25, 0.5, 0.25]], dtype=np.float32)
     table = FeatureTable(("a", "b"), np.zeros((2, 1), np.float32), p, pd.DataFrame(index=range(2)))
     assert table.confidence.tolist() == [1, 0.5]
     assert table.predicted.tolist() == [0, 1]
     assert table.predicted.dtype == np.int64
-    np.testing.assert_allclose(table.entropy, [0, 1.5 * np.log(2)])
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
@@ -162,9 +168,8 @@ def test_take_and_concatenate_are_inverse() -> None:
     with pytest.raises(ValueError, match="no feature table"):
         concatenate([])
     other = small_table(2)
-    other.statistics.columns = ["brightness", "height"]
-    with pytest.raises(ValueError, match="different statistics"):
-        concatenate([table, other])
+    other.statistics.columns = ["height", "brightness"]
+    assert list(concatenate([table, other]).statistics.columns) == ["brightness"]
 
 
 def test_parts_of_different_lengths_are_refused() -> None:

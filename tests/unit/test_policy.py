@@ -75,6 +75,34 @@ def ago(hours: float) -> datetime:
             "watch", [], id="certain-but-small",
         ),
         pytest.param(
+            replace(HURT, settled=0.9, settled_n=30, settled_high=0.96), LABELS, NOTHING, "watch",
+            ["labels decide", "0.900 on 30 labels"], id="labels-overrule-the-estimate",
+        ),
+        pytest.param(
+            replace(HURT, settled=0.9, settled_n=29, settled_high=0.96), LABELS, NOTHING,
+            "retrain", ["0.900 on 29 labels"], id="too-few-labels-to-overrule",
+        ),
+        pytest.param(
+            replace(HURT, settled=0.85, settled_n=60, settled_high=0.93), LABELS, NOTHING,
+            "retrain", ["probably fell"], id="labels-that-fell-too-overrule-nothing",
+        ),
+        pytest.param(
+            replace(HURT, settled=0.88, settled_n=9000, settled_high=0.887), LABELS, NOTHING,
+            "retrain", ["probably fell"], id="labels-shown-lower-overrule-nothing",
+        ),
+        pytest.param(
+            replace(HURT, estimated_high=0.9), LABELS, NOTHING, "watch",
+            ["interval reaches 0.900", "chance"], id="a-fall-within-the-interval",
+        ),
+        pytest.param(
+            replace(HURT, estimated_high=0.899), LABELS, NOTHING, "retrain", ["probably fell"],
+            id="a-fall-beyond-the-interval",
+        ),
+        pytest.param(
+            replace(HURT, estimated_high=0.95, believable=False), LABELS, NOTHING,
+            "ask_for_labels", ["only labels can tell"], id="chance-and-not-to-be-believed",
+        ),
+        pytest.param(
             HURT, FreshLabels(40, 10), NOTHING, "ask_for_labels",
             ["60 labels are missing", "40 of 100"], id="too-few-labels",
         ),
@@ -139,3 +167,20 @@ def test_not_a_number_is_refused(field: str) -> None:
     """NaN would read as "no damage", so it is an error that names the batch."""
     with pytest.raises(ValueError, match="batch b: accuracy"):
         decide(replace(HURT, **{field: float("nan")}), LABELS, NOTHING, NOW, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_drop": 0},
+        {"min_drop": 1},
+        {"min_drop": float("nan")},
+        {"min_labels": 0},
+        {"min_classes": 0},
+        {"cooldown_hours": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    """A value that cannot be meant is an error that names it."""
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        PolicySettings(**settings)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from monitoring.features import FeatureTable, concatenate
-from monitoring.reference import Reference, Regime, assign, halves, route, whiten
+from monitoring.reference import Reference, Regime, assign, halves, portions, route, whiten
 
 
 def table(seed: int, n: int, shift: float = 0.0, d: int = 6, start: int = 0) -> FeatureTable:
@@ -120,13 +120,37 @@ def test_samples_go_to_the_world_they_came_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("photos", "sketches", "parts"),
-    [(30, 8, 2), (30, 7, 1), (300, 16, 2), (300, 14, 1), (3, 2, 1)],
+    ("photos", "sketches", "parts"), [(30, 3, 2), (30, 2, 1), (300, 3, 1), (300, 14, 2), (3, 2, 1)]
 )
 def test_small_parts_go_with_the_largest(photos: int, sketches: int, parts: int) -> None:
-    """A part needs eight rows and 5 % of the batch to be one of its own."""
+    """A part needs three rows, and more than photos are likely to send there."""
     batch = concatenate([table(5, photos), table(6, sketches, shift=12.0)])
     assert len(np.unique(assign(two_worlds(), batch))) == parts
+
+
+def test_regimes_that_cannot_be_told_apart_are_one_world() -> None:
+    """The same world again joins the first; the halves and the files stay those of the regimes."""
+    again = regime("since v1", 7, 140)
+    reference = Reference((*two_worlds().regimes, again), ("a", "b", "c"))
+    assert reference.members == ((0, 2), (1,))
+    assert [world.name for world in reference.worlds] == ["photo + since v1", "sketch/ä"]
+    assert [r.name for r in reference.regimes] == ["photo", "sketch/ä", "since v1"]
+    one = reference.worlds[0]
+    for place in (0, 1):
+        rows = [halves(r)[place] for r in (reference.regimes[0], again)]
+        np.testing.assert_array_equal(halves(one)[place], np.concatenate([rows[0], 100 + rows[1]]))
+    assert route(reference, table(8, 50)).tolist() == [0] * 50
+
+
+def test_a_part_is_compared_with_rows_routed_as_it_was() -> None:
+    """Where worlds overlap, the home and the candidates hold only rows of the part's own side."""
+    reference = Reference((regime("a", 0, 400), regime("b", 1, 400, shift=2.0)), ("a", "b", "c"))
+    batch = concatenate([table(5, 100), table(6, 100, shift=2.0)])
+    for portion in portions(reference, batch):
+        assert len(portion.home.features) < 400
+        assert len(portion.candidates) > 1
+        for candidate in portion.candidates:
+            assert set(route(reference, candidate.features)) == {portion.world}
 
 
 def test_worlds_without_any_variance_can_be_routed() -> None:
