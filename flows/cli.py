@@ -237,8 +237,8 @@ def version_table(registry: Registry) -> Table:
             f"{version.number}{mark}",
             str(version.parent or ""),
             version.verdict or "not judged",
-            tags.get("promoted_at", "")[:19],
-            tags.get("rolled_back_at", "")[:19] if version.rolled_back else "",
+            _moment(tags.get("promoted_at", "")),
+            _moment(tags.get("rolled_back_at", "")) if version.rolled_back else "",
             tags.get("reason", "") if version.rolled_back else tags.get("cause", ""),
         )
     return table
@@ -280,6 +280,11 @@ def _row(checked: Checked) -> list[str]:
         checked.regime,
         checked.action,
     ]
+
+
+def _moment(time: str) -> str:
+    """Shorten an ISO time (UTC) to the minute."""
+    return time[:16].replace("T", " ")
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -175,9 +175,13 @@ def _report(board: Board, watched: Watched, *, only_new: bool = False) -> None:
         )
     if again:
         rang = sum(checked.alarm for checked in again)
+        known = sum(not checked.samples for checked in again)
+        did = f"{rang} alarms, {len(again) - rang - known} quiet"
+        if known:
+            did += f", {known} all learned from or in the reference"
         board.add(
             f"{len(again)} earlier batches, checked again", "", "", "",
-            f"{rang} alarms, {len(again) - rang} quiet (version {watched.champion})",
+            f"{did} (version {watched.champion})",
         )  # fmt: skip
     for batch, accuracy in watched.settled.items():
         board.add(f"labels for {batch}", "", "", f"{accuracy:.2f}", "settled the estimate")

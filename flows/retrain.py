@@ -47,8 +47,8 @@ class Retrained:
     def words(self) -> str:
         """One sentence."""
         what = "was promoted" if self.promoted else f"was not promoted ({self.outcome})"
-        made = "made" if self.made_now else "made before"
-        return f"version {self.version} ({made}) {what}: {self.reason}"
+        made = "" if self.made_now else ", made before,"
+        return f"version {self.version}{made} {what}: {self.reason}"
 
 
 @flow(name="retrain")

@@ -260,7 +260,12 @@ def detect_drift(
     """Test each part of a batch against the regimes that it may have come from.
 
     A part's p is the largest over its candidates (see `reference.portions`), so a batch of known
-    worlds stays at alpha whichever of them it came from. @CASES@
+    worlds stays at alpha whichever of them it came from. At alpha = .05, 64-d, two regimes of 600
+    rows, pure and mixed batches of 50, 100 and 400 (100 each) rang in 0-.03 of cases where the
+    second regime is the same world again, .01-.09 where it is half a world 6 or 15 standard
+    deviations off, and .03-.05 where it is all new and 6 off. Known limits, at 400 rows only:
+    worlds that overlap (3 off), where the shares of an unequal mixture are not among the candidates
+    (.32 at 90 to 10), and half/half regimes of overlapping worlds.
 
     Raises:
         ValueError: if the batch cannot be compared with the reference, or a regime is too small.
