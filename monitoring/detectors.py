@@ -265,7 +265,7 @@ def detect_drift(
     second regime is the same world again, .01-.09 where it is half a world 6 or 15 standard
     deviations off, and .03-.05 where it is all new and 6 off. Known limits, at 400 rows only:
     worlds that overlap (3 off), where the shares of an unequal mixture are not among the candidates
-    (.32 at 90 to 10), and half/half regimes of overlapping worlds.
+    (.25 at 90 to 10), and half/half regimes of overlapping worlds (.08).
 
     Raises:
         ValueError: if the batch cannot be compared with the reference, or a regime is too small.

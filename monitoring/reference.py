@@ -440,10 +440,17 @@ def assign(reference: Reference, features: FeatureTable, min_part: int = MIN_PAR
     world = route(reference, features)
     counts = np.bincount(world, minlength=len(reference.members))
     largest = int(counts.argmax())
-    home = reference.members[largest]
-    limit = np.max([_likely(reference, i, len(features)) for i in home], axis=0)
+    sent = np.sum([_sent(reference, i) for i in reference.members[largest]], axis=0)
+    # narrower than `_likely`: a part that stays in vain costs less than a known one put elsewhere
+    limit = stats.binom.ppf(0.99, len(features), (sent + 0.5) / (sent.sum() + 1))
     small = ((counts < min_part) | (counts <= limit)) & (np.arange(len(counts)) != largest)
     return np.where(small[world], largest, world)
+
+
+def _sent(reference: Reference, regime: int) -> Integers:
+    """Count the compared rows of a regime that go to each world."""
+    routed = reference.routed[regime][halves(reference.regimes[regime])[1]]
+    return np.bincount(routed, minlength=len(reference.members))
 
 
 def _likely(reference: Reference, regime: int, n: int) -> Floats:
@@ -451,9 +458,8 @@ def _likely(reference: Reference, regime: int, n: int) -> Floats:
 
     The shares are only known from the regime's own compared rows: hence beta-binomial.
     """
-    routed = reference.routed[regime][halves(reference.regimes[regime])[1]]
-    counts = np.bincount(routed, minlength=len(reference.members))
-    likely = stats.betabinom.ppf(STRAY_QUANTILE, n, counts + 0.5, len(routed) - counts + 0.5)
+    sent = _sent(reference, regime)
+    likely = stats.betabinom.ppf(STRAY_QUANTILE, n, sent + 0.5, sent.sum() - sent + 0.5)
     return np.asarray(likely, dtype=np.float64)
 
 
