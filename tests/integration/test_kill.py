@@ -119,6 +119,8 @@ def cases(drivers: Drivers) -> dict[str, Cases]:
     """Ask for every case at once, so that no driver waits for another between tests."""
     names = ("chain", "retrain", "refused", "bootstrap", "check", "moved", "rollback")
     calm = {name: drivers.ask("undisturbed", name) for name in names}
+    for name, undisturbed in calm.items():
+        assert "boundaries" in undisturbed.result(), (name, undisturbed.result())
     return {
         name: Cases(
             undisturbed=(found := undisturbed.result()),
