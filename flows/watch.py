@@ -286,7 +286,6 @@ def check(
         alpha=detection.alpha,
         estimated=estimate.value,
         reference=estimate.reference,
-        estimated_high=estimate.high,
         novelty=estimate.novelty,
         believable=estimate.believable,
     )
@@ -494,7 +493,6 @@ def _evidence(record: CheckRecord) -> Evidence:
         settled=metrics.get("accuracy.settled"),
         settled_n=int(metrics.get("accuracy.settled_n", 0)),
         settled_high=metrics.get("accuracy.settled_high"),
-        estimated_high=metrics["accuracy.estimated_high"],
         novelty=metrics["accuracy.novelty"],
         believable=metrics["accuracy.believable"] > 0,
     )

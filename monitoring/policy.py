@@ -58,8 +58,6 @@ class Evidence:
         settled_high: upper end of the 95 % interval of `settled`.
         novelty: share of samples unlike any that the reference knows.
         believable: False when so many are novel that the estimate says little; labels decide then.
-        estimated_high: upper end of the 95 % interval of `estimated`; if it is given, a fall
-            counts only when this is under the reference.
 
     """
 
@@ -74,7 +72,6 @@ class Evidence:
     settled_high: float | None = None
     novelty: float = 0.0
     believable: bool = True
-    estimated_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,12 +144,18 @@ def decide(
         )
     changed = f"The batch changed (p {_p(evidence.p_value)}, alpha {evidence.alpha:g})"
     damage = _damage(evidence, settings)
+    obstacle = _obstacle(labels, history, now, settings)
     if damage is None and not evidence.believable and evidence.settled is None:
+        wanted = (
+            obstacle[1]
+            if obstacle is not None and obstacle[0] is Action.ASK_FOR_LABELS
+            else "Label some of it."
+        )
         return Decision(
             Action.ASK_FOR_LABELS,
             f"{changed}, and only labels can tell whether it hurts: {evidence.novelty:.0%} of it "
             f"is unlike anything known, so the estimated accuracy of {evidence.estimated:.3f} is "
-            "not to be believed.",
+            f"not to be believed. {wanted}",
         )
     if damage is None:
         return Decision(
@@ -162,7 +165,6 @@ def decide(
             f"{_settled_words(evidence)}, and {_would_count(evidence, settings)}.",
         )
     hurts = f"{changed}, and it hurts: {damage}."
-    obstacle = _obstacle(labels, history, now, settings)
     if obstacle is not None:
         action, words = obstacle
         return Decision(action, f"{hurts} {words}")
@@ -197,9 +199,7 @@ def _damage(evidence: Evidence, settings: PolicySettings) -> str | None:
 
 def _estimate_fell(evidence: Evidence, settings: PolicySettings) -> bool:
     fall = evidence.reference - evidence.estimated
-    return fall >= settings.min_drop - ROUNDING and (
-        evidence.estimated_high is None or evidence.estimated_high < evidence.reference
-    )
+    return fall >= settings.min_drop - ROUNDING
 
 
 def _labels_overrule(evidence: Evidence, settings: PolicySettings) -> bool:
@@ -217,12 +217,6 @@ def _would_count(evidence: Evidence, settings: PolicySettings) -> str:
     """Say why what looks like a fall is none."""
     if _estimate_fell(evidence, settings):
         return "labels decide: they show no fall, whatever the estimate says"
-    fall = evidence.reference - evidence.estimated
-    if fall >= settings.min_drop - ROUNDING and evidence.estimated_high is not None:
-        return (
-            f"the estimate's interval reaches {evidence.estimated_high:.3f}, so its fall may be "
-            "chance"
-        )
     return f"a fall of {settings.min_drop:.3f} would count"
 
 

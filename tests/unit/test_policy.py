@@ -91,18 +91,6 @@ def ago(hours: float) -> datetime:
             "retrain", ["probably fell"], id="labels-shown-lower-overrule-nothing",
         ),
         pytest.param(
-            replace(HURT, estimated_high=0.9), LABELS, NOTHING, "watch",
-            ["interval reaches 0.900", "chance"], id="a-fall-within-the-interval",
-        ),
-        pytest.param(
-            replace(HURT, estimated_high=0.899), LABELS, NOTHING, "retrain", ["probably fell"],
-            id="a-fall-beyond-the-interval",
-        ),
-        pytest.param(
-            replace(HURT, estimated_high=0.95, believable=False), LABELS, NOTHING,
-            "ask_for_labels", ["only labels can tell"], id="chance-and-not-to-be-believed",
-        ),
-        pytest.param(
             HURT, FreshLabels(40, 10), NOTHING, "ask_for_labels",
             ["60 labels are missing", "40 of 100"], id="too-few-labels",
         ),
