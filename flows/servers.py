@@ -60,6 +60,9 @@ def show(settings: Settings, *, mlflow_port: int, prefect_port: int) -> None:
     console = Console()
     logs = settings.root / "logs"
     started: list[subprocess.Popen[bytes]] = []
+    # a shell that starts a command in the background lets it ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     mlflow, prefect = settings.mlflow_uri, settings.servers.prefect.removesuffix("/api")
     try:
         with console.status("starting MLflow's and Prefect's UIs"):
@@ -77,7 +80,6 @@ def show(settings: Settings, *, mlflow_port: int, prefect_port: int) -> None:
         console.print(f"         {mlflow}/#/experiments  (checks and drift reports)")
         console.print(f"Prefect  {prefect}/runs  (flow runs; artifacts under {prefect}/artifacts)")
         console.print("Ctrl-C stops both")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         while all(process.poll() is None for process in started):
             time.sleep(0.5)
         raise ServerError(f"a server stopped by itself; its log is in {logs}")

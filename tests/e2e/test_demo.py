@@ -140,7 +140,11 @@ def test_the_uis_show_what_was_made(told: tuple[Path, str]) -> None:
             assert found.json()["model_version"]["version"] == "1"
         finally:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
     assert process.returncode == 0
     for port in ports:
         with socket.socket() as probe:
