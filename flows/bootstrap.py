@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 
 from flows.batches import read_batch
 from flows.feed import describe_batch
+from flows.intake import About
 from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
 from flows.registry import CHAMPION, Registry, Version
@@ -76,7 +77,7 @@ def bootstrap(
     registry.observe_moves(datetime.now(UTC))
     if adopt is not None:
         _require_adoptable(settings, adopt)
-    pictures, classes, notes = _labelled_pictures(settings, data, labels)
+    pictures, classes, about, notes = _labelled_pictures(settings, data, labels)
     key = _key(settings, pictures, adopt)
     existing = registry.find_version(key)
     champion = registry.alias(CHAMPION)
@@ -88,7 +89,7 @@ def bootstrap(
             " with `sustain retrain`, or choose another name under [model]"
         )
     if existing is None:
-        existing = _make(settings, registry, pictures, classes, key, adopt)
+        existing = _make(settings, registry, pictures, classes, about, key, adopt)
     else:
         registry.finish_training(existing)
     if "verdict" not in existing.tags:
@@ -105,7 +106,7 @@ def bootstrap(
 
 def _labelled_pictures(
     settings: Settings, data: str, labels: str | None
-) -> tuple[LabelledPictures, tuple[str, ...], list[str]]:
+) -> tuple[LabelledPictures, tuple[str, ...], About, list[str]]:
     """Read the data and settle which classes there are."""
     preprocessing = _preprocessing(settings)
     batch = describe_batch(data, settings.feed, Path.cwd())
@@ -144,6 +145,7 @@ def _labelled_pictures(
             torch.tensor([index[known[name]] for name in ids]),
         ),
         classes,
+        read.about,
         notes,
     )
 
@@ -153,6 +155,7 @@ def _make(
     registry: Registry,
     pictures: LabelledPictures,
     classes: tuple[str, ...],
+    about: About,
     key: str,
     adopt: str | None,
 ) -> Version:
@@ -183,7 +186,7 @@ def _make(
         log_training(registry, run_id, tuned)
     network.eval()
     roles = [role_of(name) for name in pictures.sample_ids]
-    memory = remember(pictures, classes, roles, FIRST_REGIME).bounded(
+    memory = remember(pictures, classes, roles, FIRST_REGIME, about).bounded(
         rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
     )
     labels = [classes[label] for label in pictures.labels.tolist()]

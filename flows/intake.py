@@ -3,16 +3,21 @@
 import hashlib
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
 from flows.feed import Batch, BatchNotReady, FeedSettings
 from flows.storage import FeedError
 from flows.words import count, first_few, printable
+from monitoring.features import tidy
 from sft.pictures import BadPicture, Picture, Preprocessing, decode
 
+About: TypeAlias = dict[str, dict[str, Any]]
+"""Sample id to what came with it: its `size` (width, height, channels), its `metadata`."""
+
 _OWN_COLUMNS = ("sample_id", "file_name", "label", "sha256")
+_CHANNELS = {"1": 1, "L": 1, "F": 1, "LA": 2, "RGBA": 4, "CMYK": 4}
 
 
 class TooManyBad(FeedError):  # noqa: N818 -- reads as the verdict that it is
@@ -32,16 +37,37 @@ class BatchData:
     """What a batch holds: n usable samples, and what was left out.
 
     `samples` has n rows: sample_id, file_name (path in the batch), label (str, or NA where none
-    came with the batch), sha256 of the encoded picture, then the user's own columns. `encoded` and
-    `pictures` are parallel to it.
+    came with the batch), sha256 of the encoded picture, then the user's own columns. `pictures` is
+    parallel to it.
     """
 
     batch: Batch
     samples: pd.DataFrame
-    encoded: list[bytes]
     pictures: list[Picture]
     quarantined: tuple[Quarantined, ...]
     notes: tuple[str, ...]
+
+    @property
+    def metadata(self) -> pd.DataFrame:
+        """The user's own columns, n rows."""
+        return tidy(self.samples.drop(columns=list(_OWN_COLUMNS)))
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Width, height and channels of each picture as it arrived."""
+        return [(p.width, p.height, _channels(p.mode)) for p in self.pictures]
+
+    @property
+    def about(self) -> About:
+        """What came with each sample; missing values are left out."""
+        rows = self.metadata.to_dict(orient="records")
+        return {
+            name: {
+                "size": size,
+                "metadata": {str(k): v for k, v in row.items() if not pd.isna(v)},
+            }
+            for name, size, row in zip(self.samples["sample_id"], self.sizes, rows, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,11 @@ class Sample:
     name: str
     label: str | None
     columns: dict[str, Any]
+
+
+def _channels(mode: str) -> int:
+    """Count the channels of a Pillow mode; a palette holds colours."""
+    return 1 if mode.startswith("I") else _CHANNELS.get(mode, 3)
 
 
 class Intake:
@@ -73,7 +104,7 @@ class Intake:
         self._settings = settings
         self._preprocessing = preprocessing
         self._only = only
-        self._kept: dict[str, tuple[Sample, bytes, Picture]] = {}
+        self._kept: dict[str, tuple[Sample, Picture]] = {}
         self._digests: dict[str, str] = {}
         self._bad: dict[tuple[str, str], None] = {}
         self._lost_shards: dict[str, int] = {}
@@ -105,16 +136,16 @@ class Intake:
             self._clashing[sample.name] = None
             return
         if sample.name in self._kept:
-            kept, _, picture = self._kept[sample.name]
+            kept, picture = self._kept[sample.name]
             self.repeat(sample.name)
-            self._kept[sample.name] = (self.agree(kept, sample.label), encoded, picture)
+            self._kept[sample.name] = (self.agree(kept, sample.label), picture)
             return
         try:
             picture = decode(encoded, self._preprocessing, max_pixels=self._settings.max_pixels)
         except BadPicture as bad:
             self.reject(sample.name, bad.reason)
         else:
-            self._kept[sample.name] = (sample, encoded, picture)
+            self._kept[sample.name] = (sample, picture)
 
     def too_large(self, size: int) -> str | None:
         """Say why an encoded picture of so many bytes is not taken."""
@@ -152,12 +183,11 @@ class Intake:
         if self._only is None:
             self._judge(bad)
         kept = list(self._kept.values())
-        samples = self._frame([sample for sample, _, _ in kept])
+        samples = self._frame([sample for sample, _ in kept])
         return BatchData(
             batch=self.batch,
             samples=samples,
-            encoded=[encoded for _, encoded, _ in kept],
-            pictures=[picture for _, _, picture in kept],
+            pictures=[picture for _, picture in kept],
             quarantined=tuple(
                 Quarantined(printable(f"{self.batch.id}/{name}"), reason) for name, reason in bad
             ),

@@ -84,6 +84,16 @@ def build_reference(
     for name in memory.regimes:
         data = memory.held_out(name, classes, preprocessing, learned=learned)
         if len(data) >= 20:  # noqa: PLR2004 - what `monitoring.reference` asks for
-            features = extract(network, data.sample_ids, data.pixels)
+            about = memory.about(data.sample_ids)
+            sizes = [tuple(one["size"]) for one in about if "size" in one]
+            features = extract(
+                network,
+                data.sample_ids,
+                data.pixels,
+                sizes=sizes if len(sizes) == len(data) else None,
+                metadata=pd.DataFrame(
+                    [one.get("metadata", {}) for one in about], index=range(len(about))
+                ),
+            )
             regimes.append(Regime(name, features, data.labels.numpy()))
     return Reference(tuple(regimes), classes)

@@ -18,6 +18,7 @@ from rich.progress import Progress
 from flows.batches import read_batch
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
+from flows.intake import About
 from flows.package import Lineage, Package, build_reference
 from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
@@ -124,7 +125,7 @@ def make_challenger(
         network = widen(network, (*classes, *new), seed=settings.training.seed)
         classes = network.config.classes
     memory = registry.memory(champion)
-    labelled, unlabelled = read_window(registry, settings, champion, batches, fresh, network)
+    labelled, unlabelled, about = read_window(registry, settings, champion, batches, fresh, network)
     require_enough(fresh.of(labelled.sample_ids), settings)  # some may be unreadable
     run_id = registry.begin_training(
         f"retrain v{champion.number}",
@@ -144,8 +145,8 @@ def make_challenger(
 
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
-    window = remember(labelled, classes, roles, regime).extended(
-        remember(unlabelled, classes, [Role.HOLDOUT] * len(unlabelled), regime)
+    window = remember(labelled, classes, roles, regime, about).extended(
+        remember(unlabelled, classes, [Role.HOLDOUT] * len(unlabelled), regime, about)
     )
     carried = memory.extended(window).bounded(
         rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
@@ -188,11 +189,11 @@ def read_window(
     batches: Sequence[Batch],
     fresh: FreshSet,
     network: Network,
-) -> tuple[LabelledPictures, LabelledPictures]:
+) -> tuple[LabelledPictures, LabelledPictures, About]:
     """Read the fresh labelled samples, and the unlabelled ones of the batches that rang.
 
     The first are learned from and judged on; the second, with the held-out part of the first,
-    become the new regime of the reference.
+    become the new regime of the reference. What came with each of them is told beside.
     """
     label_of = dict(zip(fresh.table["sample_id"], fresh.table["label"], strict=True))
     wanted: dict[str, set[str]] = defaultdict(set)
@@ -203,6 +204,7 @@ def read_window(
     index = {name: place for place, name in enumerate(network.config.classes)}
     labelled: list[tuple[str, torch.Tensor, int]] = []
     unlabelled: list[tuple[str, torch.Tensor, int]] = []
+    about: About = {}
     for batch in reversed(batches):  # the newest first: the window is bounded
         whole = batch.id in rang and len(unlabelled) < settings.memory.holdout
         if not whole and batch.id not in wanted:
@@ -216,13 +218,17 @@ def read_window(
             if batch.id not in wanted:
                 continue  # it would only have added to the reference
             raise RetrainError(f"the fresh labels of a batch cannot be used: {error}") from error
+        about |= read.about
         for name, picture in zip(read.samples["sample_id"], read.pictures, strict=True):
             if name in label_of:
                 labelled.append((name, picture.pixels, index[label_of[name]]))
             elif name not in known:
                 unlabelled.append((name, picture.pixels, -1))
-    return _set(sorted(labelled, key=itemgetter(0)), network), _set(
-        sorted(unlabelled[: settings.memory.holdout], key=itemgetter(0)), network
+    some = unlabelled[: settings.memory.holdout]
+    return (
+        _set(sorted(labelled, key=itemgetter(0)), network),
+        _set(sorted(some, key=itemgetter(0)), network),
+        about,
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from datetime import date, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -22,6 +24,7 @@ Floats: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.floating]]
 Integers: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 STATISTIC_PREFIX = "statistic:"
+METADATA_PREFIX = "metadata:"
 
 
 class Embedder(Protocol):
@@ -41,6 +44,8 @@ class FeatureTable:
         embedding: (n, d) float32, what the head is given.
         probabilities: (n, classes) float32, rows sum to one.
         statistics: n rows, one column a statistic of the picture.
+        metadata: n rows of the user's own columns, each float64 or text, as `tidy` makes them; no
+            columns by default.
 
     Raises:
         ValueError: if the parts do not have the same number of rows.
@@ -51,13 +56,19 @@ class FeatureTable:
     embedding: Floats
     probabilities: Floats
     statistics: pd.DataFrame
+    metadata: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __post_init__(self) -> None:
+        if not len(self.metadata.columns):
+            object.__setattr__(
+                self, "metadata", pd.DataFrame(index=pd.RangeIndex(len(self.sample_ids)))
+            )
         rows = {
             "sample_ids": len(self.sample_ids),
             "embedding": len(self.embedding),
             "probabilities": len(self.probabilities),
             "statistics": len(self.statistics),
+            "metadata": len(self.metadata),
         }
         if len(set(rows.values())) != 1:
             raise ValueError(f"a feature table's parts have different numbers of rows: {rows}")
@@ -88,6 +99,7 @@ class FeatureTable:
             embedding=self.embedding[rows],
             probabilities=self.probabilities[rows],
             statistics=self.statistics.iloc[rows].reset_index(drop=True),
+            metadata=self.metadata.iloc[rows].reset_index(drop=True),
         )
 
     def require_finite(self, name: str) -> None:
@@ -115,6 +127,11 @@ class FeatureTable:
         }
         for name, values in self.statistics.items():
             columns[f"{STATISTIC_PREFIX}{name}"] = pa.array(values.to_numpy())
+        for name, values in self.metadata.items():
+            kind = pa.float64() if values.dtype == np.float64 else pa.string()
+            columns[f"{METADATA_PREFIX}{name}"] = pa.array(
+                values.to_numpy(), kind, from_pandas=kind != pa.float64()
+            )
         return pa.table(columns)
 
     @classmethod
@@ -125,11 +142,19 @@ class FeatureTable:
             for name in table.column_names
             if name.startswith(STATISTIC_PREFIX)
         }
+        metadata = {
+            name.removeprefix(METADATA_PREFIX): table[name].to_numpy()
+            if pa.types.is_floating(table[name].type)
+            else pd.Series(table[name].to_pylist(), dtype="object")
+            for name in table.column_names
+            if name.startswith(METADATA_PREFIX)
+        }
         return cls(
             sample_ids=tuple(table["sample_id"].to_pylist()),
             embedding=_matrix(table["embedding"]),
             probabilities=_matrix(table["probabilities"]),
             statistics=pd.DataFrame(statistics, index=pd.RangeIndex(table.num_rows)),
+            metadata=pd.DataFrame(metadata, index=pd.RangeIndex(table.num_rows)),
         )
 
     def save(self, path: Path) -> None:
@@ -146,6 +171,41 @@ class FeatureTable:
 
         """
         return cls.from_arrow(pq.read_table(path))
+
+
+def tidy(columns: pd.DataFrame) -> pd.DataFrame:
+    """Give metadata columns one of two types: float64 if every value is a number, else text.
+
+    Missing values are NaN in the first and None in the second. A number among words is its text,
+    and so is a boolean; times are ISO 8601, lists and the like JSON.
+    """
+    return pd.DataFrame(
+        {str(name): _tidy_column(values) for name, values in columns.items()},
+        index=pd.RangeIndex(len(columns)),
+    )
+
+
+def _tidy_column(values: pd.Series) -> pd.Series:
+    missing = [not isinstance(value, list | dict) and pd.isna(value) for value in values]
+    known = [value for value, gone in zip(values, missing, strict=True) if not gone]
+    if known and all(
+        isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        for value in known
+    ):
+        numbers = [
+            np.nan if gone else float(value) for value, gone in zip(values, missing, strict=True)
+        ]
+        return pd.Series(numbers, dtype="float64")
+    texts = [None if gone else _text(value) for value, gone in zip(values, missing, strict=True)]
+    return pd.Series(texts, dtype="object")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    if isinstance(value, list | dict):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    return str(value)
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
@@ -173,6 +233,8 @@ def _matrix(column: pa.ChunkedArray) -> Floats:
 def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
     """Put tables of the same version below one another, with the statistics that all have.
 
+    Metadata columns of any of them are kept, with missing values where a table lacks one.
+
     Raises:
         ValueError: if there are none, or if they differ in width.
 
@@ -189,7 +251,14 @@ def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
         embedding=np.concatenate([table.embedding for table in tables]),
         probabilities=np.concatenate([table.probabilities for table in tables]),
         statistics=pd.concat([table.statistics[common] for table in tables], ignore_index=True),
+        metadata=_stack([table.metadata for table in tables]),
     )
+
+
+def _stack(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    if not any(len(frame.columns) for frame in frames):
+        return pd.DataFrame()
+    return tidy(pd.concat([frame.astype("object") for frame in frames], ignore_index=True))
 
 
 def picture_statistics(pixels: Tensor) -> pd.DataFrame:
@@ -248,7 +317,8 @@ def extract(
     model: Embedder,
     sample_ids: Sequence[str],
     pixels: Tensor,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[tuple[int, int, int]] | None = None,
+    metadata: pd.DataFrame | None = None,
     batch_size: int = 256,
 ) -> FeatureTable:
     """See every picture once.
@@ -257,13 +327,14 @@ def extract(
         model: embeds and classifies.
         sample_ids: n ids.
         pixels: uint8 (n, C, H, W).
-        sizes: n times (width, height) of the picture as it arrived, in pixels; None where the
-            pictures that it will be compared with have lost theirs.
+        sizes: n times (width, height, channels) of the picture as it arrived, in pixels; None
+            where they are not known.
+        metadata: n rows of the user's own columns.
         batch_size: pictures in one forward pass.
 
     Returns:
-        The table; with sizes, `width`, `height` and `aspect` (width / height) join the picture
-        statistics.
+        The table; with sizes, `width`, `height`, `aspect` (width / height) and `channels` join the
+        picture statistics.
 
     Raises:
         ValueError: if there are no pictures, or not as many ids and sizes as pictures.
@@ -289,11 +360,14 @@ def extract(
         embedding=np.concatenate(embeddings),
         probabilities=np.concatenate(probabilities),
         statistics=pd.concat(statistics, ignore_index=True),
+        metadata=pd.DataFrame() if metadata is None else tidy(metadata),
     )
     if sizes is None:
         return table
-    width, height = np.asarray(sizes, dtype=np.float64).T
+    width, height, channels = np.asarray(sizes, dtype=np.float64).T
     return dataclasses.replace(
         table,
-        statistics=table.statistics.assign(width=width, height=height, aspect=width / height),
+        statistics=table.statistics.assign(
+            width=width, height=height, aspect=width / height, channels=channels
+        ),
     )

@@ -7,9 +7,11 @@ stays trainable and can be judged when the feed's old data is gone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +19,7 @@ import torch
 from sft.dataset import LabelledPictures, Role
 from sft.pictures import Preprocessing, decode, encode_png
 
-COLUMNS = ("sample_id", "label", "role", "regime", "image")
+COLUMNS = ("sample_id", "label", "role", "regime", "image", "about")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Memory:
 
     Columns of `table`: `sample_id`; `label` (a class name, or None for a reference sample whose
     label never came); `role` (train, validation or holdout); `regime` (the world it came from);
-    `image` (PNG bytes).
+    `image` (PNG bytes); `about` (JSON: what came with the picture, such as its size and the user's
+    own columns; this module only carries it).
     """
 
     table: pd.DataFrame
@@ -75,6 +78,11 @@ class Memory:
             & ~table["sample_id"].isin(list(learned))
         ]
         return self._decode(rows, classes, preprocessing)
+
+    def about(self, sample_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what came with each of these samples."""
+        told = dict(zip(self.table["sample_id"], self.table["about"], strict=True))
+        return [json.loads(told[name]) for name in sample_ids]
 
     def bounded(self, *, rehearsal: int, holdout: int) -> Memory:
         """Keep at most `rehearsal` train, as many validation, and `holdout` samples a regime.
@@ -145,9 +153,22 @@ class Memory:
 
 
 def remember(
-    data: LabelledPictures, classes: Sequence[str], roles: Sequence[Role], regime: str
+    data: LabelledPictures,
+    classes: Sequence[str],
+    roles: Sequence[Role],
+    regime: str,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Memory:
-    """Make the memory of decoded samples; label -1 becomes a missing one."""
+    """Make the memory of decoded samples; label -1 becomes a missing one.
+
+    Args:
+        data: n samples.
+        classes: names of the classes, in the order of the labels.
+        roles: n roles.
+        regime: the world that they came from.
+        about: sample id to what came with it, which JSON can hold.
+    """
+    about = about or {}
     labels = [None if label < 0 else classes[label] for label in data.labels.tolist()]
     return Memory(
         pd.DataFrame(
@@ -157,6 +178,9 @@ def remember(
                 "role": pd.Series([role.value for role in roles], dtype="object"),
                 "regime": pd.Series([regime] * len(data), dtype="object"),
                 "image": pd.Series([encode_png(p) for p in data.pixels], dtype="object"),
+                "about": pd.Series(
+                    [json.dumps(about.get(name, {})) for name in data.sample_ids], dtype="object"
+                ),
             }
         )
     )

@@ -4,6 +4,7 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,8 @@ def reasons(data: BatchData) -> dict[str, str]:
 
 def names(data: BatchData) -> list[str]:
     return list(data.samples["sample_id"])
+
+
+def digests(encoded: Iterable[bytes]) -> list[str]:
+    """The SHA-256 of encoded pictures, as a batch tells them."""
+    return [hashlib.sha256(one).hexdigest() for one in encoded]

@@ -88,7 +88,7 @@ def test_extract_sees_every_picture_once() -> None:
     """One pass in batches gives what one big pass gives."""
     pixels, model = digits(50), Projection(64)
     ids = [f"b/{i}" for i in range(50)]
-    sizes = [(20, 10)] * 50
+    sizes = [(20, 10, 3)] * 50
     some = extract(model, ids, pixels, sizes, batch_size=16)
     assert model.batches == [16, 16, 16, 2]
     whole = extract(Projection(64), ids, pixels, sizes)
@@ -96,7 +96,7 @@ def test_extract_sees_every_picture_once() -> None:
     assert some.embedding.shape == (50, 16)
     assert some.embedding.dtype == some.probabilities.dtype == np.float32
     assert list(some.statistics.columns) == [
-        "brightness", "contrast", "sharpness", "saturation", "width", "height", "aspect",
+        "brightness", "contrast", "sharpness", "saturation", "width", "height", "aspect", "channels",
     ]  # fmt: skip
     assert (some.statistics[["width", "height", "aspect"]] == [20, 10, 2]).all(axis=None)
 

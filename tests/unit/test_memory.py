@@ -140,6 +140,7 @@ def test_a_bounded_memory_is_a_uniform_sample() -> None:
                 "role": "train",
                 "regime": "first",
                 "image": b"",
+                "about": "{}",
             }
         )
     ).bounded(rehearsal=500, holdout=0)

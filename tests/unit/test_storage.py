@@ -8,7 +8,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from samples import SEEN, as_dict, names, parquet, picture, read, reasons, write
+from samples import SEEN, as_dict, digests, names, parquet, picture, read, reasons, write
 
 import flows.batches
 import flows.intake
@@ -129,7 +129,7 @@ def test_a_bucket_reads_like_a_folder(
     assert first.arrived is not None
     data = read_batch(first, settings, root, SEEN)
     assert names(data) == [*(f"b/cat/{i}[1].png" for i in range(5)), "b/s-0"]
-    assert data.encoded[3] == picture(3)
+    assert data.samples["sha256"][3] == digests([picture(3)])[0]
     assert reasons(data) == {
         "b/bad.png": "not a picture",
         "b/e.png": "empty file",
