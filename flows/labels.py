@@ -27,6 +27,8 @@ from flows.tables import is_missing, label_text, no_column, parse_table
 from flows.words import count, first_few, first_line, printable, tell_rows
 
 _COLUMNS = ("sample_id", "label", "labelled_at")
+_AHEAD = pd.Timedelta(days=1)
+"""A time without a zone may be up to 14 hours off; what is farther ahead is a wrong clock."""
 
 
 @dataclass(frozen=True, eq=False)  # a table has no single truth value to compare by
@@ -107,7 +109,7 @@ def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
     problems = list(table.problems)
     if unknown := [column for column in table.columns if column not in _COLUMNS]:
         problems.append(f"{count(unknown, 'unknown column')} passed over: {first_few(unknown)}")
-    times, misread = _read_times([row.get("labelled_at") for _, row in table.rows])
+    times, misread, ahead = _read_times([row.get("labelled_at") for _, row in table.rows])
     answers: dict[str, list[_Answer]] = {}
     nameless, unlabelled = [], []
     for (number, row), time in zip(table.rows, times, strict=True):
@@ -124,11 +126,18 @@ def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
     problems += tell_rows(nameless, noun, "has", "no sample_id", skipped=True)
     problems += tell_rows(unlabelled, noun, "has", "no label", skipped=True)
     problems += tell_rows(timeless, noun, "has", no_time)
+    in_future = "a labelled_at in the future (whose clock is wrong?); it counts as missing"
+    problems += tell_rows([table.rows[i][0] for i in ahead], noun, "has", in_future)
     return _Rows(answers, problems)
 
 
-def _read_times(values: list[Any]) -> tuple[list[pd.Timestamp | None], list[int]]:
-    """Read times as UTC (those without a zone count as UTC), and name the places of bad ones."""
+def _read_times(
+    values: list[Any],
+) -> tuple[list[pd.Timestamp | None], list[int], list[int]]:
+    """Read times as UTC (those without a zone count as UTC).
+
+    The places of those that are no time, and of those that lie in the future, are named beside.
+    """
     texts = [
         str(value) if isinstance(value, str | date) and not is_missing(value) else None
         for value in values
@@ -139,7 +148,11 @@ def _read_times(values: list[Any]) -> tuple[list[pd.Timestamp | None], list[int]
     known = parsed.notna().tolist()
     times = [time if is_known else None for time, is_known in zip(parsed, known, strict=True)]
     bad = [i for i, time in enumerate(times) if time is None and not is_missing(values[i])]
-    return times, bad
+    limit = pd.Timestamp.now(tz="UTC") + _AHEAD
+    ahead = [i for i, time in enumerate(times) if time is not None and time > limit]
+    for i in ahead:
+        times[i] = None
+    return times, bad, ahead
 
 
 # --- which label is in force

@@ -431,6 +431,10 @@ class Registry:
                     records[record.key.batch_id, record.key.digest] = record
         return sorted(records.values(), key=lambda record: record.started)
 
+    def check_record(self, run_id: str) -> CheckRecord:
+        """Read one check again."""
+        return _check_record(self.client.get_run(run_id))
+
     def begin_check(self, key: CheckKey, stamp: str) -> str:
         """Open the run of a check, or the one that an interrupted check left; return its id."""
         tags = {
@@ -446,6 +450,17 @@ class Registry:
                     self.client.set_tag(run.info.run_id, "sustain.batch_stamp", stamp)
                 return str(run.info.run_id)
         return self._begin_run("check", f"check {key.batch_id} v{key.champion}", tags)
+
+    def chart(self, champion: int, metrics: Mapping[str, float], step: int) -> None:
+        """Add a point to the champion's own run, where MLflow draws its checks over time."""
+        tags = {"sustain.champion": str(champion)}
+        found = next(self._runs("monitoring", tags), None)
+        run_id = (
+            self._begin_run("monitoring", f"monitoring v{champion}", tags)
+            if found is None
+            else str(found.info.run_id)
+        )
+        self.log(run_id, metrics=metrics, step=step)
 
     def begin_training(self, name: str, tags: Mapping[str, str]) -> str:
         """Open a training run; return its id. What killed trainings left open is closed as killed.

@@ -84,6 +84,14 @@ class Memory:
         told = dict(zip(self.table["sample_id"], self.table["about"], strict=True))
         return [json.loads(told[name]) for name in sample_ids]
 
+    def pixels(
+        self, sample_ids: Collection[str], preprocessing: Preprocessing
+    ) -> dict[str, torch.Tensor]:
+        """Decode those of these samples that it holds, by id."""
+        rows = self.table[self.table["sample_id"].isin(list(sample_ids))]
+        data = self._decode(rows, (), preprocessing)
+        return dict(zip(data.sample_ids, data.pixels, strict=True))
+
     def bounded(self, *, rehearsal: int, holdout: int) -> Memory:
         """Keep at most `rehearsal` train, as many validation, and `holdout` samples a regime.
 

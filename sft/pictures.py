@@ -144,10 +144,30 @@ def encode_png(pixels: Tensor) -> bytes:
         raise ValueError(
             f"expected uint8 pixels (1 or 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}"
         )
-    array = pixels.permute(1, 2, 0).contiguous().cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
+    _to_image(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def thumbnail(pixels: Tensor, size: int = 96) -> bytes:
+    """Encode uint8 (C, H, W) as a small JPEG for people; smaller pictures are enlarged.
+
+    Args:
+        pixels: with 1 or 3 channels.
+        size: of its longer side, in pixels.
+    """
+    image = _to_image(pixels)
+    scale = size / max(image.size)
+    shape = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+    buffer = io.BytesIO()
+    image.resize(shape, method).save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _to_image(pixels: Tensor) -> Image.Image:
+    array = pixels.permute(1, 2, 0).contiguous().cpu().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 class _Stream(io.BytesIO):

@@ -122,3 +122,13 @@ def test_one_file_of_labels(root: Path) -> None:
         read_label_file("bad.csv", root)
     with pytest.raises(FeedError, match=r"none.csv cannot be read"):
         read_label_file("none.csv", root)
+
+
+def test_a_clock_that_is_ahead_wins_nothing(root: Path) -> None:
+    """A label from the future counts as one without a time, so it can be corrected."""
+    write(root / "labels", {"1.csv": "sample_id,label,labelled_at\nx,cat,2999-01-01\n"})
+    write(root / "labels", {"2.csv": "sample_id,label,labelled_at\nx,dog,2026-01-01\n"})
+    table = labels(root)
+    assert as_dict(table) == {"x": "dog"}
+    (problem,) = table.problems
+    assert problem.startswith("labels/1.csv: line 2 has a labelled_at in the future (whose clock")

@@ -161,3 +161,19 @@ def test_a_newer_sample_replaces_the_older() -> None:
     assert len(old) == 3
     empty = memory(0)
     assert ids(old.extended(empty)) == ids(empty.extended(old)) == ids(old)
+
+
+def test_pixels_by_id() -> None:
+    """Those that it holds, and nothing for those that it does not."""
+    kept = memory(3)
+    found = kept.pixels(["b/0002", "gone"], Preprocessing(4, channels=1))
+    assert list(found) == ["b/0002"]
+    assert torch.equal(found["b/0002"], pictures(3).pixels[2])
+
+
+def test_what_came_with_a_sample_stays_with_it() -> None:
+    """Whatever JSON can hold, through growing and bounding."""
+    told = {"b/0001": {"size": [7, 5, 3], "metadata": {"camera": "Ä"}}}
+    kept = remember(pictures(3), CLASSES, [Role.HOLDOUT] * 3, "first", told)
+    grown = kept.extended(memory(2, first=50)).bounded(rehearsal=1, holdout=9)
+    assert grown.about(["b/0001", "b/0002"]) == [told["b/0001"], {}]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
 
-from sft.pictures import BadPicture, Preprocessing, decode, encode_png
+from sft.pictures import BadPicture, Preprocessing, decode, encode_png, thumbnail
 
 SMALL = Preprocessing(image_size=32)
 
@@ -201,3 +201,12 @@ def test_preprocessing_checks_its_values() -> None:
         Preprocessing(28, 28, 4)
     with pytest.raises(ValueError, match="image_size is 0"):
         Preprocessing(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 224, 224), (3, 1, 500)])
+def test_thumbnails_are_small_jpegs(shape: tuple[int, int, int]) -> None:
+    """The longer side is 96 pixels, whatever the size; the brightness stays."""
+    pixels = torch.full(shape, 200, dtype=torch.uint8)
+    shown = Image.open(io.BytesIO(thumbnail(pixels)))
+    assert (shown.format, max(shown.size)) == ("JPEG", 96)
+    assert abs(np.asarray(shown).mean() - 200) < 3
