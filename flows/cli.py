@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from flows.check import Checked
     from flows.registry import Registry
     from flows.settings import Settings
-    from flows.watch import Checked, Plan, Watched
+    from flows.watch import Plan, Watched
 
 P = ParamSpec("P")
 console = Console()
@@ -122,6 +123,39 @@ def watch(settings_file: Path) -> None:
 
 @main.command()
 @settings_option
+@click.option(
+    "--to",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("label_requests"),
+    show_default=True,
+    help="Folder for the list and a page with thumbnails.",
+)
+@told_plainly
+def ask(settings_file: Path, to: Path) -> None:
+    """List the samples of drifted batches that are worth labelling next."""
+    settings = _begin(settings_file, needs_prefect=False)
+    from flows.ask import write_list
+    from flows.registry import Registry
+    from flows.watch import make_plan
+
+    registry = Registry(settings)
+    plan = make_plan(registry, settings, datetime.now(UTC))
+    requests = write_list(
+        registry, settings, plan.champion, plan.batches, plan.finished, plan.labels, plan.fresh, to
+    )
+    if not requests:
+        console.print("nothing to label: no batch rang, or every sample of those has its label")
+        return
+    console.print(
+        f"{len(requests)} samples are worth labelling: fill in {to / 'label_requests.csv'} and drop"
+        f" it into {settings.feed.labels}; {to / 'label_requests.html'} shows them",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@main.command()
+@settings_option
 @click.option("--why", default="asked for by a person", help="For the record.")
 @told_plainly
 def retrain(settings_file: Path, why: str) -> None:
@@ -164,8 +198,10 @@ def rollback(settings_file: Path, to: int | None, why: str) -> None:
 def status(settings_file: Path) -> None:
     """Show the versions, the newest checks, and what waits to be done."""
     settings = _begin(settings_file, needs_prefect=False)
+    from flows.check import estimate_track
     from flows.registry import Registry
     from flows.watch import make_plan
+    from monitoring.policy import describe
 
     registry = Registry(settings)
     plan = make_plan(registry, settings, datetime.now(UTC))
@@ -174,7 +210,7 @@ def status(settings_file: Path) -> None:
     table = Table(
         title=f"newest checks against version {plan.champion.number}", title_justify="left"
     )
-    for column in ("batch", "p-value", "accuracy, estimated", "true (labels)", "decision"):
+    for column in ("batch", "p", "evidence", "accuracy, estimated", "true (labels)", "decision"):
         table.add_column(column)
     for check in checks[-10:]:
         metrics = check.metrics
@@ -182,6 +218,7 @@ def status(settings_file: Path) -> None:
         table.add_row(
             check.key.batch_id,
             _figure(metrics.get("drift.p_value"), ".2g"),
+            _evidence(metrics),
             _figure(metrics.get("accuracy.estimated"), ".3f"),
             "" if true is None else f"{true:.3f} ({metrics['accuracy.settled_n']:.0f})",
             check.action,
@@ -191,6 +228,9 @@ def status(settings_file: Path) -> None:
         f"{len(plan.batches)} batches in the feed, {len(plan.pending)} to check;"
         f" {len(plan.fresh)} fresh labels"
     )
+    console.print(describe(settings.policy), markup=False)
+    if words := estimate_track(plan.finished).words:
+        console.print(words, markup=False)
     for problem in plan.labels.problems:
         console.print(f"not used: {problem}", markup=False)
 
@@ -267,8 +307,8 @@ def show_watched(watched: Watched) -> None:
     for problem in watched.problems:
         console.print(f"not used: {problem}", markup=False)
     console.print(f"decision: {watched.decision.action}: {watched.decision.reason}", markup=False)
-    if watched.retrained:
-        console.print(watched.retrained, markup=False)
+    if watched.done:
+        console.print(watched.done, markup=False)
 
 
 def _row(checked: Checked) -> list[str]:
@@ -280,6 +320,13 @@ def _row(checked: Checked) -> list[str]:
         checked.regime,
         checked.action,
     ]
+
+
+def _evidence(metrics: Mapping[str, float]) -> str:
+    """Write the evidence of the stream, of what it takes to ring."""
+    if "drift.stream" not in metrics:
+        return ""
+    return f"{metrics['drift.stream']:.1f} of {metrics['drift.stream_threshold']:.1f}"
 
 
 def _moment(time: str) -> str:

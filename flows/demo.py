@@ -185,10 +185,10 @@ def _report(board: Board, watched: Watched, *, only_new: bool = False) -> None:
         )  # fmt: skip
     for batch, accuracy in watched.settled.items():
         board.add(f"labels for {batch}", "", "", f"{accuracy:.2f}", "settled the estimate")
-    if watched.retrained:
-        board.add("", "", "", "", watched.retrained, "bold green")
-    elif watched.decision.action == "ask_for_labels":
+    if watched.decision.action == "ask_for_labels":
         board.add("", "", "", "", watched.decision.reason, "yellow")
+    if watched.done:
+        board.add("", "", "", "", watched.done, "bold green")
 
 
 def _mnist() -> Digits:

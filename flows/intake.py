@@ -60,13 +60,15 @@ class BatchData:
     @property
     def about(self) -> About:
         """What came with each sample; missing values are left out."""
-        rows = self.metadata.to_dict(orient="records")
+        columns = {str(name): values.tolist() for name, values in self.metadata.items()}
         return {
             name: {
                 "size": size,
-                "metadata": {str(k): v for k, v in row.items() if not pd.isna(v)},
+                "metadata": {k: v[row] for k, v in columns.items() if not pd.isna(v[row])},
             }
-            for name, size, row in zip(self.samples["sample_id"], self.sizes, rows, strict=True)
+            for row, (name, size) in enumerate(
+                zip(self.samples["sample_id"], self.sizes, strict=True)
+            )
         }
 
 

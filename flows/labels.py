@@ -25,6 +25,8 @@ from flows.storage import (
 )
 from flows.tables import is_missing, label_text, no_column, parse_table
 from flows.words import count, first_few, first_line, printable, tell_rows
+from monitoring.labelling import COLUMNS as REQUESTED
+from monitoring.labelling import read_id
 
 _COLUMNS = ("sample_id", "label", "labelled_at")
 _AHEAD = pd.Timedelta(days=1)
@@ -107,7 +109,8 @@ def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
         if column not in table.columns:
             raise Refused(no_column(column, table.columns))
     problems = list(table.problems)
-    if unknown := [column for column in table.columns if column not in _COLUMNS]:
+    known = (*_COLUMNS, *REQUESTED)  # a list that `sustain ask` wrote comes back as it is
+    if unknown := [column for column in table.columns if column not in known]:
         problems.append(f"{count(unknown, 'unknown column')} passed over: {first_few(unknown)}")
     times, misread, ahead = _read_times([row.get("labelled_at") for _, row in table.rows])
     answers: dict[str, list[_Answer]] = {}
@@ -119,7 +122,7 @@ def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
         elif label is None:
             unlabelled.append(number)
         else:
-            answers.setdefault(str(row["sample_id"]), []).append((label, time))
+            answers.setdefault(read_id(str(row["sample_id"])), []).append((label, time))
     noun = "line" if suffix == ".csv" else "row"
     timeless = [table.rows[index][0] for index in misread]
     no_time = "a labelled_at that is no ISO 8601 time; it counts as missing"

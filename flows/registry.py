@@ -476,6 +476,14 @@ class Registry:
             self.client.set_terminated(left.info.run_id, status="KILLED")
         return self._begin_run("training", name, tags)
 
+    def training_seconds(self, version: Version) -> float | None:
+        """Return how long the training run of a version took; None when it is not known."""
+        try:
+            info = self.client.get_run(version.run_id).info
+        except MlflowException:
+            return None
+        return None if info.end_time is None else (info.end_time - info.start_time) / 1000
+
     def finish_training(self, version: Version) -> None:
         """Close the run of a version whose maker was killed right after registering it."""
         if self.client.get_run(version.run_id).info.status != "FINISHED":

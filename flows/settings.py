@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from flows.feed import FeedSettings
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
+from monitoring.sequential import StreamSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.train import TrainingSettings
@@ -108,6 +109,35 @@ class MemorySettings:
             raise ValueError("rehearsal and holdout must be at least 1")
 
 
+@dataclass(frozen=True)
+class CheckSettings:
+    """What a check looks at besides the batch as a whole, and what it leaves behind.
+
+    Attributes:
+        min_batch: a batch with fewer pictures is tested together with the following ones.
+        slices: metadata columns whose values are checked one by one too, such as `["camera"]`.
+        max_regimes: worlds that a version's reference keeps apart; of more, the nearest are merged.
+        labels_wanted: samples that a check asks labels for; 0 for as many as a retraining lacks.
+        workspace: folder of an Evidently workspace that collects the reports; empty for none.
+    """
+
+    min_batch: int = 10
+    slices: tuple[str, ...] = ()
+    max_regimes: int = 8
+    labels_wanted: int = 0
+    workspace: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        for name in ("min_batch", "max_regimes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.labels_wanted < 0:
+            raise ValueError(f"labels_wanted must not be negative, got {self.labels_wanted}")
+        if len(set(self.slices)) < len(self.slices):
+            raise ValueError(f"slices names a column twice: {list(self.slices)}")
+
+
 def _bootstrap_training() -> TrainingSettings:
     return TrainingSettings(epochs=30, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False)
 
@@ -121,6 +151,8 @@ class Settings:
     feed: FeedSettings = field(default_factory=FeedSettings)
     servers: ServerSettings = field(default_factory=ServerSettings)
     detection: DetectionSettings = field(default_factory=DetectionSettings)
+    stream: StreamSettings = field(default_factory=StreamSettings)
+    checks: CheckSettings = field(default_factory=CheckSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -131,6 +163,11 @@ class Settings:
     def root(self) -> Path:
         """The folder of the TOML file."""
         return self.path.parent
+
+    @property
+    def workspace(self) -> Path | None:
+        """The Evidently workspace, if one is named."""
+        return (self.root / self.checks.workspace).resolve() if self.checks.workspace else None
 
     @property
     def allowed_factories(self) -> tuple[str, ...]:
@@ -152,6 +189,8 @@ SECTIONS: dict[str, type[Any]] = {
     "feed": FeedSettings,
     "servers": ServerSettings,
     "detection": DetectionSettings,
+    "stream": StreamSettings,
+    "checks": CheckSettings,
     "policy": PolicySettings,
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,

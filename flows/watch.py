@@ -7,8 +7,6 @@ is finished, and a decision to retrain stands until a version with its key is ju
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +15,27 @@ from pathlib import Path
 from typing import cast
 from uuid import NAMESPACE_OID, uuid5
 
-import numpy as np
 import pandas as pd
-import torch
-from prefect import flow, get_client, task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from rich.progress import Progress
 
-from flows.batches import read_batch
-from flows.feed import Batch, BatchNotReady, list_batches
+from flows.ask import write_list
+from flows.check import (
+    FAILED,
+    POOLED,
+    Checked,
+    Past,
+    check,
+    evidence_on_record,
+    labels_digest,
+    load_champion,
+    settle_check,
+)
+from flows.feed import Batch, list_batches
 from flows.fresh import (
     FreshSet,
     Labels,
@@ -39,19 +44,23 @@ from flows.fresh import (
     labels_needed,
     retrain_key,
 )
-from flows.intake import TooManyBad
-from flows.registry import CheckKey, CheckRecord, Move, Registry, RegistryError, Version
+from flows.probation import answer_with_before, compare, version_before
+from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import RetrainError, retrain
+from flows.rollback import rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
-from monitoring.accuracy import Estimate, estimate_accuracy, settle
-from monitoring.detectors import Detection, detect_drift
-from monitoring.features import FeatureTable, extract
-from monitoring.policy import Action, Decision, Evidence, FreshLabels, History, decide
-from monitoring.reference import Reference
-from sft.dataset import Role
+from monitoring.policy import (
+    Action,
+    Decision,
+    Evidence,
+    FreshLabels,
+    History,
+    decide,
+    decide_rollback,
+    on_probation,
+)
 from sft.gate import Outcome
-from sft.models import Network
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class Plan:
         batches: all that the feed holds.
         pending: those without a finished check against the champion, oldest first.
         unsettled: checks whose batch has other labels than when they were last settled.
+        finished: the checks against the champion, oldest first.
+        asking: the newest check that asks for labels, if its list is not written yet.
         standing: the newest check that found damage, if it stands to be decided again.
         labels, fresh: all labels, and those that the champion has not learned from.
         history: what happened before, as the policy wants it.
@@ -74,6 +85,8 @@ class Plan:
     batches: tuple[Batch, ...]
     pending: tuple[Batch, ...]
     unsettled: tuple[CheckRecord, ...]
+    finished: tuple[CheckRecord, ...]
+    asking: CheckRecord | None
     standing: CheckRecord | None
     labels: Labels
     fresh: FreshSet
@@ -82,25 +95,8 @@ class Plan:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.moved or self.pending or self.unsettled or self.standing)
-
-
-@dataclass(frozen=True)
-class Checked:
-    """One check's result; the figures are NaN when it failed."""
-
-    batch_id: str
-    champion: int
-    samples: int
-    quarantined: int
-    p_value: float
-    alarm: bool
-    estimated: float
-    reference: float
-    regime: str
-    action: str
-    reason: str
-    run_id: str
+        to_do = (self.moved, self.pending, self.unsettled, self.standing, self.asking)
+        return not any(to_do)
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Watched:
         checked: one entry a batch.
         settled: batch to true accuracy on the labels that came.
         decision: the last decision.
-        retrained: what the retraining did, in words; "" when there was none.
+        done: what came of it, in words: a retraining, a rollback, or a list of labels wanted.
         problems: labels that could not be used, and batches that the storage did not give.
     """
 
@@ -122,7 +118,7 @@ class Watched:
     checked: tuple[Checked, ...]
     settled: Mapping[str, float]
     decision: Decision
-    retrained: str
+    done: str
     problems: tuple[str, ...]
 
 
@@ -138,14 +134,9 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     labels = gather_labels(settings, batches, config.classes)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
-    finished = [
-        c
-        for c in checks
-        if c.finished
-        and c.metrics.get("batch.samples", 0) > 0
-        and (c.key.batch_id, c.key.digest) in here
-    ]
-    history = _history(registry, settings, champion, fresh)
+    finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
+    present = [c for c in finished if (c.key.batch_id, c.key.digest) in here]
+    history = _history(registry, settings, champion, fresh, finished)
     return Plan(
         champion=champion,
         moved=registry.unobserved_move(),
@@ -155,10 +146,12 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         ),
         unsettled=tuple(
             c
-            for c in finished
-            if _labels_digest(labels.of_batch(c.key.batch_id)) != c.tags.get("sustain.settled", "")
+            for c in present
+            if labels_digest(labels.of_batch(c.key.batch_id)) != c.tags.get("sustain.settled", "")
         ),
-        standing=_standing(settings, finished, fresh, history, now),
+        finished=tuple(finished),
+        asking=_asking(present, fresh),
+        standing=_standing(settings, present, fresh, history, now),
         labels=labels,
         fresh=fresh,
         history=history,
@@ -178,187 +171,143 @@ def watch(settings_path: str) -> Watched:
 
     if checked:  # labels that came with their batch, and new damage, count from here on
         plan = make_plan(registry, settings, now)
-    settled = {
-        record.key.batch_id: accuracy
-        for record in plan.unsettled
-        if (accuracy := settle_check(registry, record, plan.labels)) is not None
-    }
+    settled = settle_all(registry, settings, plan, now)
     if settled:  # the truth may call for another decision
         plan = make_plan(registry, settings, now)
-    decision = _last_decision(checked)
-    retrained = ""
-    if (standing := plan.standing) is not None:
-        decision = _decide(settings, _evidence(standing), plan.fresh, plan.history, now)
-        _record_decision(registry, standing.run_id, decision, plan.fresh)
-        if decision.action is Action.RETRAIN:
-            try:
-                retrained = start_retraining(settings, champion, plan.fresh, standing, decision)
-            except RetrainError as error:
-                retrained = f"nothing was retrained: {error}"
+    decision, done = _act(registry, settings, plan, _last_decision(checked), now)
+    if decision.action is Action.ASK_FOR_LABELS:
+        plan = make_plan(registry, settings, now)
+        if plan.asking is not None:
+            done = list_wanted_labels(registry, settings, plan, plan.asking)
     return Watched(
         champion=champion.number,
         move=move,
         checked=checked,
         settled=settled,
         decision=decision,
-        retrained=retrained,
+        done=done,
         problems=(*unread, *plan.labels.problems),
+    )
+
+
+def _act(
+    registry: Registry, settings: Settings, plan: Plan, decision: Decision, now: datetime
+) -> tuple[Decision, str]:
+    """Roll back or retrain if it is due; return the decision in force and what was done."""
+    if (given_up := _end_probation(registry, settings, plan, now)) is not None:
+        return given_up
+    standing = plan.standing
+    if standing is None:
+        return (decision if plan.asking is None else _on_record(plan.asking)), ""
+    evidence = evidence_on_record(standing, settings)
+    decision = _decide(settings, evidence, plan.fresh, plan.history, now)
+    _record_decision(registry, standing.run_id, decision, plan.fresh)
+    if decision.action is not Action.RETRAIN:
+        return decision, ""
+    try:
+        return decision, start_retraining(settings, plan.champion, plan.fresh, standing, decision)
+    except RetrainError as error:
+        return decision, f"nothing was retrained: {error}"
+
+
+def list_wanted_labels(
+    registry: Registry, settings: Settings, plan: Plan, asking: CheckRecord
+) -> str:
+    """Put the list of samples that are worth labelling beside the check that asks for them."""
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        folder = Path(name)
+        wanted = write_list(
+            registry,
+            settings,
+            plan.champion,
+            plan.batches,
+            plan.finished,
+            plan.labels,
+            plan.fresh,
+            folder,
+        )
+        for path in sorted(folder.iterdir()):
+            registry.log_file(asking.run_id, path)
+    registry.log(asking.run_id, tags={"sustain.requested": plan.fresh.digest[:16]})
+    if not wanted:
+        return ""
+    return (
+        f"{len(wanted)} samples are worth labelling: label_requests.csv beside the check of"
+        f" {asking.key.batch_id} in MLflow, or `sustain ask`"
     )
 
 
 def check_all(
     registry: Registry, settings: Settings, plan: Plan, now: datetime
 ) -> tuple[tuple[Checked, ...], tuple[str, ...]]:
-    """Check every pending batch with one loaded network.
+    """Check every pending batch, oldest first, with the champion loaded once.
 
     Returns:
         What was checked, and what the storage did not give: that is tried again by the next run,
         and does not keep the other batches waiting.
     """
-    champion = plan.champion
-    network, reference = registry.network(champion), registry.reference(champion)
-    learned = registry.learned(champion)
-    # the champion is overconfident on what it learned from, and its reference is no news to itself
-    used = frozenset(learned[learned["role"] != Role.HOLDOUT.value]["sample_id"]).union(
-        *(regime.features.sample_ids for regime in reference.regimes)
-    )
+    against = load_champion(registry, plan.champion)
+    past = Past(list(plan.finished))
     checked, unread = [], []
+
+    def decided(evidence: Evidence) -> Decision:
+        return _decide(settings, evidence, plan.fresh, plan.history, now)
+
     with Progress(transient=True) as progress:
         for batch in progress.track(plan.pending, description="checking"):
             one = check.with_options(task_run_name=f"check {batch.id}")
             try:
-                checked.append(
-                    one(registry, settings, champion, network, reference, batch, used, plan, now)
+                done = one(
+                    registry, settings, against, batch, past, decided, plan.fresh.digest[:16]
                 )
             except FeedError as error:
                 unread.append(f"batch {batch.id} was not checked: {error}")
+                continue
+            checked.append(done)
+            if done.samples:
+                past.append(registry.check_record(done.run_id))
     return tuple(checked), tuple(unread)
 
 
-@task(name="check", cache_policy=NO_CACHE)
-def check(
-    registry: Registry,
-    settings: Settings,
-    champion: Version,
-    network: Network,
-    reference: Reference,
-    batch: Batch,
-    known: frozenset[str],
-    plan: Plan,
-    now: datetime,
-) -> Checked:
-    """Check one batch and put it on record: features in one pass, detection, estimate, decision.
+def settle_all(
+    registry: Registry, settings: Settings, plan: Plan, now: datetime
+) -> dict[str, float]:
+    """Hold what labels tell against the estimates, and in probation against the version before.
 
-    Samples in `known` (learned from, or part of the reference) are left out. A batch that cannot be
-    read is recorded as failed and tried again when it changes.
+    Returns:
+        True accuracy by batch, for those that have labels now.
     """
-    key = CheckKey(champion.number, batch.id, batch.digest)
-    run_id = registry.begin_check(key, batch.stamp)
-    try:
-        read = read_batch(batch, settings.feed, settings.root, network.config.preprocessing)
-    except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
-        registry.log(run_id, tags={"sustain.action": "failed", "sustain.reason": str(error)})
-        registry.end_run(run_id, failed=True)
-        return _unmeasured(batch, champion, run_id, "failed", str(error))
-    places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in known]
-    if not places:
-        reason = "The champion learned from every sample of the batch, or has it in its reference."
-        registry.log(
-            run_id,
-            metrics={"batch.samples": 0.0},
-            tags={"sustain.action": Action.NONE.value, "sustain.reason": reason},
-        )
-        registry.end_run(run_id)
-        return _unmeasured(batch, champion, run_id, Action.NONE.value, reason)
-
-    pictures = [read.pictures[i] for i in places]
-    features = extract(
-        network,
-        tuple(read.samples["sample_id"].iloc[places]),
-        torch.stack([picture.pixels for picture in pictures]),
-    )
-    detection = detect_drift(reference, features, settings.detection)
-    estimate = estimate_accuracy(reference, features)
-    evidence = Evidence(
-        batch_id=batch.id,
-        alarm=detection.alarm,
-        p_value=detection.p_value,
-        alpha=detection.alpha,
-        estimated=estimate.value,
-        reference=estimate.reference,
-        novelty=estimate.novelty,
-        believable=estimate.believable,
-    )
-    decision = _decide(settings, evidence, plan.fresh, plan.history, now)
-    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
-        folder = Path(name)
-        _write_files(folder, batch, champion, features, reference, detection, estimate, decision)
-        if read.quarantined:
-            rows = [(q.sample_id, q.reason) for q in read.quarantined]
-            pd.DataFrame(rows, columns=["sample_id", "reason"]).to_csv(
-                folder / "quarantine.csv", index=False
+    settled = {}
+    before = None
+    if plan.unsettled and on_probation(plan.history, now, settings.policy):
+        before = version_before(registry, plan.champion)
+    by_id = {batch.id: batch for batch in plan.batches}
+    for record in plan.unsettled:
+        if before is not None:  # first: a check counts as settled by what follows
+            batch = by_id[record.key.batch_id]
+            answer_with_before(
+                registry, settings, plan.champion, before, batch, record, plan.labels
             )
-        for path in sorted(folder.iterdir()):
-            registry.log_file(run_id, path)
-    registry.log(
-        run_id,
-        metrics=_metrics(detection, estimate, len(features), len(read.quarantined)),
-        tags={
-            "sustain.action": decision.action.value,
-            "sustain.reason": decision.reason,
-            "sustain.regime": detection.regime,
-            "sustain.fresh": plan.fresh.digest[:16],
-            "mlflow.note.content": decision.reason,
-        },
-    )
-    registry.end_run(run_id)
-    checked = Checked(
-        batch_id=batch.id,
-        champion=champion.number,
-        samples=len(features),
-        quarantined=len(read.quarantined),
-        p_value=detection.p_value,
-        alarm=detection.alarm,
-        estimated=estimate.value,
-        reference=estimate.reference,
-        regime=detection.regime,
-        action=decision.action.value,
-        reason=decision.reason,
-        run_id=run_id,
-    )
-    _show_in_prefect(registry, checked)
-    return checked
+        accuracy = settle_check(registry, record, plan.labels)
+        if accuracy is not None:
+            settled[record.key.batch_id] = accuracy
+    return settled
 
 
-def settle_check(registry: Registry, record: CheckRecord, labels: Labels) -> float | None:
-    """Compare a check's predictions with the labels that came; return the true accuracy."""
-    features = registry.features(record)
-    batch_labels = labels.of_batch(record.key.batch_id)
-    classes = registry.config(registry.version(record.key.champion)).classes
-    index = {name: place for place, name in enumerate(classes)}
-    rows = [i for i, name in enumerate(features.sample_ids) if name in batch_labels]
-    # a class that the champion does not know is answered wrongly, whatever the answer
-    truth = [index.get(batch_labels[features.sample_ids[i]], len(classes)) for i in rows]
-    accuracy = None
-    if rows:
-        result = settle(
-            record.metrics["accuracy.estimated"],
-            features.predicted[rows],
-            np.asarray(truth, dtype=np.int64),
-        )
-        accuracy = result.accuracy
-        registry.log(
-            record.run_id,
-            metrics={
-                "accuracy.settled": result.accuracy,
-                "accuracy.settled_low": result.low,
-                "accuracy.settled_high": result.high,
-                "accuracy.settled_n": float(result.n),
-                "accuracy.estimate_error": result.error,
-            },
-        )
-    registry.log(record.run_id, tags={"sustain.settled": _labels_digest(batch_labels)})
-    return accuracy
+def _end_probation(
+    registry: Registry, settings: Settings, plan: Plan, now: datetime
+) -> tuple[Decision, str] | None:
+    """Roll back if labels show that the version before is better; return why, and what was done."""
+    if not on_probation(plan.history, now, settings.policy):
+        return None
+    before = version_before(registry, plan.champion)
+    compared = None if before is None else compare(before, plan.finished)
+    if before is None or compared is None:
+        return None
+    decision = decide_rollback(compared, plan.history, now, settings.policy)
+    if decision is None:
+        return None
+    return decision, rollback(str(settings.path), to=before.number, why=decision.reason).words
 
 
 def start_retraining(
@@ -386,7 +335,8 @@ def start_retraining(
         },
         id=uuid5(NAMESPACE_OID, key),  # told again, it is still the same event
     )
-    why = f"drift in batch {cause.key.batch_id}"
+    batch = cause.key.batch_id
+    why = f"drift in batch {batch}" if cause.alarm else f"due at batch {batch}: {decision.reason}"
     parameters = {"settings_path": str(settings.path), "cause": why}
     deployment = f"retrain/{name}"
     if not _deployed(deployment):
@@ -421,12 +371,22 @@ def _standing(
     history: History,
     now: datetime,
 ) -> CheckRecord | None:
-    """Return the newest alarm that calls for a retraining, else the newest to be decided anew.
+    """Return the newest check that calls for a retraining, else the newest to be decided anew.
 
-    Of those that ask for labels only the newest is told anew when labels come.
+    Those are the alarms, and the newest check of all, which a schedule or labels may make act. Of
+    those that ask for labels only the newest is told anew when labels come.
     """
+    if finished and not finished[-1].alarm:
+        newest = finished[-1]
+        decision = _decide(settings, evidence_on_record(newest, settings), fresh, history, now)
+        changed = decision.action.value != newest.action
+        if decision.action is Action.RETRAIN or (changed and not _quiet(newest, decision)):
+            return newest
     alarms = [record for record in reversed(finished) if record.alarm]
-    decisions = [_decide(settings, _evidence(record), fresh, history, now) for record in alarms]
+    decisions = [
+        _decide(settings, evidence_on_record(record, settings), fresh, history, now)
+        for record in alarms
+    ]
     for record, decision in zip(alarms, decisions, strict=True):
         if decision.action is Action.RETRAIN:
             return record
@@ -437,6 +397,23 @@ def _standing(
     return None
 
 
+def _asking(finished: list[CheckRecord], fresh: FreshSet) -> CheckRecord | None:
+    asking = [r for r in finished if r.alarm and r.action == Action.ASK_FOR_LABELS.value]
+    if not asking or asking[-1].tags.get("sustain.requested") == fresh.digest[:16]:
+        return None
+    return asking[-1]
+
+
+def _on_record(record: CheckRecord) -> Decision:
+    return Decision(Action(record.action), record.reason)
+
+
+def _quiet(record: CheckRecord, decision: Decision) -> bool:
+    """Whether nothing is asked for, neither then nor now."""
+    quiet = {Action.NONE.value, Action.WATCH.value}
+    return {record.action, decision.action.value} <= quiet
+
+
 def _decide(
     settings: Settings, evidence: Evidence, fresh: FreshSet, history: History, now: datetime
 ) -> Decision:
@@ -444,14 +421,27 @@ def _decide(
     return decide(evidence, FreshLabels(n=len(fresh), classes=fresh.classes), history, now, policy)
 
 
-def _history(registry: Registry, settings: Settings, champion: Version, fresh: FreshSet) -> History:
+def _history(
+    registry: Registry,
+    settings: Settings,
+    champion: Version,
+    fresh: FreshSet,
+    finished: Sequence[CheckRecord],
+) -> History:
     versions = registry.versions()
     children = [v for v in versions if v.parent == champion.number]
+    trained = [v for v in versions if v.parent is not None]
+    last = max((v.created for v in children), default=None)
+    since = [c for c in finished if last is None or c.started > last]
     return History(
         last_promotion=_latest(champion.tags.get("promoted_at")),
         last_rollback=_latest(*(v.tags.get("rolled_back_at") for v in versions)),
-        last_training=max((v.created for v in children), default=None),
+        last_training=last,
         remade=_remade(registry, settings, children, fresh),
+        trainings=tuple(v.created for v in trained),
+        last_training_seconds=registry.training_seconds(trained[-1]) if trained else None,
+        batches_since_training=len(since),
+        samples_since_training=int(sum(c.metrics["batch.samples"] for c in since)),
     )
 
 
@@ -481,23 +471,6 @@ def _latest(*times: str | None) -> datetime | None:
     return max(known) if known else None
 
 
-def _evidence(record: CheckRecord) -> Evidence:
-    metrics = record.metrics
-    return Evidence(
-        batch_id=record.key.batch_id,
-        alarm=record.alarm,
-        p_value=metrics["drift.p_value"],
-        alpha=metrics["drift.alpha"],
-        estimated=metrics["accuracy.estimated"],
-        reference=metrics["accuracy.reference"],
-        settled=metrics.get("accuracy.settled"),
-        settled_n=int(metrics.get("accuracy.settled_n", 0)),
-        settled_high=metrics.get("accuracy.settled_high"),
-        novelty=metrics["accuracy.novelty"],
-        believable=metrics["accuracy.believable"] > 0,
-    )
-
-
 def _record_decision(registry: Registry, run_id: str, decision: Decision, fresh: FreshSet) -> None:
     registry.log(
         run_id,
@@ -511,100 +484,8 @@ def _record_decision(registry: Registry, run_id: str, decision: Decision, fresh:
 
 
 def _last_decision(checked: tuple[Checked, ...]) -> Decision:
-    done = [c for c in checked if c.action != "failed"]
+    done = [c for c in checked if c.action not in (FAILED, POOLED)]
     if not done:
         return Decision(Action.NONE, "Nothing new.")
     worst = max(done, key=lambda c: list(Action).index(Action(c.action)))
     return Decision(Action(worst.action), worst.reason)
-
-
-def _labels_digest(labels: Mapping[str, str]) -> str:
-    encoded = json.dumps(sorted(labels.items())).encode()
-    return hashlib.sha256(encoded).hexdigest()[:16] if labels else ""
-
-
-def _metrics(
-    detection: Detection, estimate: Estimate, samples: int, quarantined: int
-) -> dict[str, float]:
-    return {
-        "drift.p_value": float(detection.p_value),
-        "drift.alarm": float(detection.alarm),
-        "drift.alpha": float(detection.alpha),
-        "drift.parts": float(len(detection.parts)),
-        "accuracy.estimated": float(estimate.value),
-        "accuracy.estimated_low": float(estimate.low),
-        "accuracy.estimated_high": float(estimate.high),
-        "accuracy.reference": float(estimate.reference),
-        "accuracy.novelty": float(estimate.novelty),
-        "accuracy.believable": float(estimate.believable),
-        "batch.samples": float(samples),
-        "batch.quarantined": float(quarantined),
-    }
-
-
-def _write_files(
-    folder: Path,
-    batch: Batch,
-    champion: Version,
-    features: FeatureTable,
-    reference: Reference,
-    detection: Detection,
-    estimate: Estimate,
-    decision: Decision,
-) -> None:
-    from monitoring.report import write_report  # Evidently takes seconds to import
-
-    features.save(folder / "features.parquet")
-    write_report(
-        folder / "report.html",
-        reference=reference,
-        batch=features,
-        detection=detection,
-        estimate=estimate,
-        decision=decision,
-        title=f"Batch {batch.id} against version {champion.number}",
-    )
-
-
-def _show_in_prefect(registry: Registry, checked: Checked) -> None:
-    run = registry.run_url(checked.run_id)
-    report = registry.run_url(checked.run_id, artifact="report.html")
-    create_markdown_artifact(
-        key=f"check-{_slug(registry.name)}",
-        description=f"{checked.batch_id}: {checked.action}",
-        markdown=(
-            f"## {checked.action}: `{checked.batch_id}` against version {checked.champion}\n\n"
-            f"{checked.reason}\n\n"
-            "| | |\n|---|---|\n"
-            f"| samples | {checked.samples} ({checked.quarantined} quarantined) |\n"
-            f"| p-value | {checked.p_value:.3g} |\n"
-            f"| accuracy, estimated | {checked.estimated:.3f} |\n"
-            f"| accuracy, reference | {checked.reference:.3f} |\n"
-            f"| nearest regime | {checked.regime} |\n\n"
-            f"[Drift report]({report}) · [check in MLflow]({run}) ·"
-            f" [version {checked.champion}]({registry.version_url(checked.champion)})\n"
-        ),
-    )
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower()).strip("-")
-
-
-def _unmeasured(batch: Batch, champion: Version, run_id: str, action: str, reason: str) -> Checked:
-    """Describe a check without figures."""
-    nan = float("nan")
-    return Checked(
-        batch_id=batch.id,
-        champion=champion.number,
-        samples=0,
-        quarantined=0,
-        p_value=nan,
-        alarm=False,
-        estimated=nan,
-        reference=nan,
-        regime="",
-        action=action,
-        reason=reason,
-        run_id=run_id,
-    )

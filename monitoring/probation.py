@@ -51,13 +51,25 @@ def compare_paired(version: int, now: Sequence[bool], before: Sequence[bool]) ->
             f"{len(now)} answers of the champion and {len(before)} of version {version}: a paired "
             "test needs both versions' answers to the same samples"
         )
-    only_before = sum(b and not a for a, b in zip(now, before, strict=True))
-    only_now = sum(a and not b for a, b in zip(now, before, strict=True))
-    return Comparison(
-        version=version,
+    return compare_counts(
+        version,
         n=len(now),
         right_now=sum(map(bool, now)),
         right_before=sum(map(bool, before)),
+        only_now=sum(a and not b for a, b in zip(now, before, strict=True)),
+        only_before=sum(b and not a for a, b in zip(now, before, strict=True)),
+    )
+
+
+def compare_counts(
+    version: int, *, n: int, right_now: int, right_before: int, only_now: int, only_before: int
+) -> Comparison:
+    """Compare by counts: of n samples, how many either has right, and how many only one has."""
+    return Comparison(
+        version=version,
+        n=n,
+        right_now=right_now,
+        right_before=right_before,
         p_value=min(1.0, 1 / max(paired_e_value(only_before, only_now), 1e-300)),
     )
 

@@ -242,8 +242,8 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
         if not found.believable:
             answer, colour = "Not known", "warning"
             trust = (
-                f"Do not believe this estimate: about {found.novelty:.0%} of the pictures are unlike "
-                "anything in the reference. Label some of them."
+                f"Do not believe this estimate: about {found.novelty:.0%} of the pictures are "
+                "unlike anything in the reference. Label some of them."
             )
         else:
             answer, colour = (
@@ -252,8 +252,8 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
                 else (f"Not shown to: {change}", "success")
             )
             trust = (
-                "It is made from the model's confidence, and too rosy where a class is new "
-                "pictures; labels decide."
+                "It is made from the model's confidence, and too rosy where a class is new; "
+                "labels decide."
             )
         words = (
             f"Accuracy is estimated at {found.value:.3f} (95 % interval {found.low:.3f} to "

@@ -166,7 +166,7 @@ def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
     promoted = watch(str(world.path))
     registry = Registry(settings)
     assert registry.alias(CHAMPION) == 2, promoted
-    assert "version 2 was promoted" in promoted.retrained
+    assert "version 2 was promoted" in promoted.done
     assert not fresh_labels(registry, settings)
     learned = set(registry.learned(registry.version(2))["sample_id"])
 
@@ -202,7 +202,7 @@ def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
 
         assert watched.decision.action == "ask_for_labels"
         assert "version 2, which was rolled back" in watched.decision.reason
-        assert watched.retrained == ""
+        assert watched.done == ""
         again = retrain(str(world.path))  # even when asked for
         assert (again.version, again.made_now, again.promoted) == (2, False, False)
         assert again.outcome == "rolled back"

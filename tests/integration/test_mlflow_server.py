@@ -49,7 +49,7 @@ def test_the_loop_over_http(tmp_path: Path, mlflow_server: str, prefect_server: 
     path = world.path
     world.arrive(0, 1, labelled=True)
     watched = watch(str(path))
-    assert "version 2 was promoted" in watched.retrained
+    assert "version 2 was promoted" in watched.done
     assert rollback(str(path), why="a test").after == 1
     registry = Registry(world.settings)
     assert registry.version(2).rolled_back

@@ -120,7 +120,7 @@ def test_a_challenger_that_is_no_better_is_refused_once(
     second = registry.version(2)
     assert second.verdict in ("refuse", "inconclusive")
     assert registry.alias("champion") == 1
-    assert "was not promoted" in watched.retrained
+    assert "was not promoted" in watched.done
     again = watch(str(world.path))
     assert again.decision.action == "ask_for_labels"
     assert "already made version 2, which got the verdict" in again.decision.reason

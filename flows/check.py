@@ -1,0 +1,572 @@
+"""One check: a batch against the champion, measured in one forward pass and put on record.
+
+A check counts once its MLflow run is finished. What earlier checks found is read from their runs,
+so that the alarm over the stream, and the batches that were too small by themselves, need no state
+of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.batches import read_batch
+from flows.feed import Batch, BatchNotReady
+from flows.fresh import Labels
+from flows.intake import BatchData, TooManyBad
+from flows.registry import CheckKey, CheckRecord, Registry, Version
+from flows.settings import Settings
+from flows.words import count
+from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
+from monitoring.detectors import Detection, detect_drift
+from monitoring.explain import farthest, moved_dimensions
+from monitoring.features import FeatureTable, concatenate, extract
+from monitoring.findings import findings
+from monitoring.policy import Action, Decision, Evidence
+from monitoring.reference import Reference
+from monitoring.sequential import StreamEvidence, StreamState, bets, fold
+from monitoring.slices import Slice, check_slices, joined, values_of
+from sft.dataset import Role
+from sft.memory import Memory
+from sft.models import Network
+from sft.pictures import thumbnail
+
+POOLED = "pooled"
+"""The action of a batch that was too small by itself: it is tested with the following ones."""
+FAILED = "failed"
+MAX_PAST = 200
+"""Earlier checks that a report draws."""
+
+
+@dataclass(frozen=True)
+class Against:
+    """The champion that batches are checked against, loaded once.
+
+    Samples in `used` (learned from, or part of the reference) are left out of a check: the champion
+    is overconfident on the first, and the second are no news to it.
+    """
+
+    version: Version
+    network: Network
+    reference: Reference
+    memory: Memory
+    used: frozenset[str]
+
+
+@dataclass
+class Past:
+    """The finished checks against the champion, oldest first, and their evidence for the stream."""
+
+    records: list[CheckRecord]
+    evidence: list[StreamEvidence] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the evidence once."""
+        self.evidence = [e for e in map(_stream_evidence, self.records) if e is not None]
+
+    def append(self, record: CheckRecord) -> None:
+        """Add the newest check."""
+        self.records.append(record)
+        if (evidence := _stream_evidence(record)) is not None:
+            self.evidence.append(evidence)
+
+    @property
+    def waiting(self) -> list[CheckRecord]:
+        """The newest checks whose batches were too small by themselves, if any."""
+        found: list[CheckRecord] = []
+        for record in reversed(self.records):
+            if record.action != POOLED:
+                break
+            found.append(record)
+        return found[::-1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a check found.
+
+    `features` are those of all that was tested: of the batch, and of smaller ones before it.
+    """
+
+    features: FeatureTable
+    detection: Detection
+    stream: StreamState
+    evidence: StreamEvidence
+    estimate: Estimate
+    slices: tuple[Slice, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One check's result; the figures are NaN when it failed or waits for more pictures."""
+
+    batch_id: str
+    champion: int
+    samples: int
+    quarantined: int
+    p_value: float
+    alarm: bool
+    estimated: float
+    reference: float
+    regime: str
+    action: str
+    reason: str
+    run_id: str
+
+
+def load_champion(registry: Registry, champion: Version) -> Against:
+    """Load all that checks against the champion need."""
+    learned = registry.learned(champion)
+    reference = registry.reference(champion)
+    used = frozenset(learned[learned["role"] != Role.HOLDOUT.value]["sample_id"]).union(
+        *(regime.features.sample_ids for regime in reference.regimes)
+    )
+    return Against(champion, registry.network(champion), reference, registry.memory(champion), used)
+
+
+@task(name="check", cache_policy=NO_CACHE)
+def check(
+    registry: Registry,
+    settings: Settings,
+    against: Against,
+    batch: Batch,
+    past: Past,
+    decide: Callable[[Evidence], Decision],
+    fresh: str,
+) -> Checked:
+    """Check one batch and put it on record: features, detection, estimate, decision, report.
+
+    A batch that cannot be read is recorded as failed and tried again when it changes. `fresh` names
+    the fresh labels that `decide` knows of: with others the decision is made again.
+    """
+    champion = against.version
+    key = CheckKey(champion.number, batch.id, batch.digest)
+    run_id = registry.begin_check(key, batch.stamp)
+    try:
+        preprocessing = against.network.config.preprocessing
+        read = read_batch(batch, settings.feed, settings.root, preprocessing)
+    except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
+        registry.log(run_id, tags={"sustain.action": FAILED, "sustain.reason": str(error)})
+        registry.end_run(run_id, failed=True)
+        return _unmeasured(batch, champion, run_id, FAILED, str(error))
+    places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in against.used]
+    if not places:
+        reason = "The champion learned from every sample of the batch, or has it in its reference."
+        return _without_test(registry, batch, champion, run_id, Action.NONE.value, reason, 0)
+    own = _features(against.network, read, places)
+    if waiting := past.waiting:
+        tested = concatenate([*(registry.features(record) for record in waiting), own])
+    else:
+        tested = own
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        folder = Path(name)
+        own.save(folder / "features.parquet")
+        if read.quarantined:
+            rows = [(q.sample_id, q.reason) for q in read.quarantined]
+            pd.DataFrame(rows, columns=["sample_id", "reason"]).to_csv(
+                folder / "quarantine.csv", index=False
+            )
+        if len(tested) < settings.checks.min_batch:
+            reason = (
+                f"{count(range(len(tested)), 'picture')} in all, fewer than min_batch ="
+                f" {settings.checks.min_batch}: tested together with the next batch."
+            )
+            _log_files(registry, run_id, folder)
+            return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
+        measured = measure(settings, against.reference, tested, past, _pooled_words(waiting))
+        decision = decide(_evidence_of(batch, measured, settings))
+        _write_report(
+            folder / "report.html",
+            registry,
+            settings,
+            against,
+            batch,
+            read,
+            past,
+            measured,
+            decision,
+        )
+        _log_files(registry, run_id, folder)
+    registry.log(
+        run_id,
+        metrics=_metrics(measured, len(own), len(read.quarantined)),
+        tags={
+            "sustain.action": decision.action.value,
+            "sustain.reason": decision.reason,
+            "sustain.regime": measured.detection.regime,
+            "sustain.stream": measured.evidence.to_json(),
+            "sustain.fresh": fresh,
+            "sustain.notes": "; ".join(measured.notes)[:4000],
+            "mlflow.note.content": decision.reason,
+        },
+    )
+    registry.end_run(run_id)
+    checked = Checked(
+        batch_id=batch.id,
+        champion=champion.number,
+        samples=len(own),
+        quarantined=len(read.quarantined),
+        p_value=measured.detection.p_value,
+        alarm=measured.detection.alarm,
+        estimated=measured.estimate.value,
+        reference=measured.estimate.reference,
+        regime=measured.detection.regime,
+        action=decision.action.value,
+        reason=decision.reason,
+        run_id=run_id,
+    )
+    _show_in_prefect(registry, checked)
+    return checked
+
+
+def measure(
+    settings: Settings,
+    reference: Reference,
+    features: FeatureTable,
+    past: Past,
+    notes: Sequence[str] = (),
+) -> Measured:
+    """Measure what was seen of a batch, without deciding anything."""
+    found = detect_drift(reference, features, settings.detection)
+    slices = check_slices(reference, features, settings.checks.slices, settings.detection)
+    p_value = joined(found.p_value, slices)
+    evidence = StreamEvidence(p_value, bets(reference, features))
+    stream = fold([*past.evidence, evidence], settings.stream, settings.detection.alpha)[-1]
+    return Measured(
+        features=features,
+        detection=replace(found, alarm=stream.alarm, p_value=p_value),
+        stream=stream,
+        evidence=evidence,
+        estimate=estimate_accuracy(reference, features),
+        slices=slices,
+        notes=(*notes, *findings(reference, features)),
+    )
+
+
+def stream_words(state: StreamState, settings: Settings) -> str:
+    """Say what the alarm over the stream promises, and on what condition."""
+    if settings.stream.method == "per_batch":
+        return f"each batch by itself, at alpha {settings.detection.alpha:g}"
+    return (
+        f"at least {settings.stream.run_length:,} quiet batches lie between two false alarms on"
+        f" average, if the reference represents them; strongest: {state.leading}"
+    )
+
+
+def evidence_on_record(record: CheckRecord, settings: Settings) -> Evidence:
+    """Read what a check found, with the labels that came since."""
+    metrics = record.metrics
+    return Evidence(
+        batch_id=record.key.batch_id,
+        alarm=record.alarm,
+        p_value=metrics["drift.p_value"],
+        alpha=metrics["drift.alpha"],
+        estimated=metrics["accuracy.estimated"],
+        reference=metrics["accuracy.reference"],
+        settled=metrics.get("accuracy.settled"),
+        settled_n=int(metrics.get("accuracy.settled_n", 0)),
+        settled_high=metrics.get("accuracy.settled_high"),
+        novelty=metrics["accuracy.novelty"],
+        believable=metrics["accuracy.believable"] > 0,
+        stream=_stream_short(settings),
+    )
+
+
+def settle_check(registry: Registry, record: CheckRecord, labels: Labels) -> float | None:
+    """Compare a check's predictions with the labels that came; return the true accuracy."""
+    features = registry.features(record)
+    batch_labels = labels.of_batch(record.key.batch_id)
+    classes = registry.config(registry.version(record.key.champion)).classes
+    index = {name: place for place, name in enumerate(classes)}
+    rows = [i for i, name in enumerate(features.sample_ids) if name in batch_labels]
+    # a class that the champion does not know is answered wrongly, whatever the answer
+    truth = [index.get(batch_labels[features.sample_ids[i]], len(classes)) for i in rows]
+    accuracy = None
+    if rows:
+        answers = np.asarray(truth, dtype=np.int64)
+        result = settle(
+            record.metrics.get("accuracy.estimated", float("nan")),
+            features.predicted[rows],
+            answers,
+        )
+        accuracy = result.accuracy
+        registry.log(
+            record.run_id,
+            metrics={
+                "accuracy.settled": result.accuracy,
+                "accuracy.settled_low": result.low,
+                "accuracy.settled_high": result.high,
+                "accuracy.settled_n": float(result.n),
+                "accuracy.estimate_error": result.error,
+                **_settled_slices(registry.settings, features.take(rows), answers),
+            },
+        )
+    registry.log(record.run_id, tags={"sustain.settled": labels_digest(batch_labels)})
+    return accuracy
+
+
+def labels_digest(labels: Mapping[str, str]) -> str:
+    """Name a set of labels of a batch; "" for none."""
+    encoded = json.dumps(sorted(labels.items())).encode()
+    return hashlib.sha256(encoded).hexdigest()[:16] if labels else ""
+
+
+def estimate_track(records: Sequence[CheckRecord]) -> Track:
+    """Say how far off the estimates were where labels came."""
+    return track(
+        [
+            (r.metrics["accuracy.estimate_error"], int(r.metrics["accuracy.settled_n"]))
+            for r in records
+            if "accuracy.estimate_error" in r.metrics
+        ]
+    )
+
+
+# ---- inside
+
+
+def _features(network: Network, read: BatchData, places: Sequence[int]) -> FeatureTable:
+    sizes = read.sizes
+    return extract(
+        network,
+        tuple(read.samples["sample_id"].iloc[list(places)]),
+        torch.stack([read.pictures[i].pixels for i in places]),
+        sizes=[sizes[i] for i in places],
+        metadata=read.metadata.iloc[list(places)].reset_index(drop=True),
+    )
+
+
+def _stream_evidence(record: CheckRecord) -> StreamEvidence | None:
+    text = record.tags.get("sustain.stream")
+    return StreamEvidence.from_json(text) if text else None
+
+
+def _stream_short(settings: Settings) -> str:
+    if settings.stream.method == "per_batch":
+        return ""
+    return f"at most one false alarm in {settings.stream.run_length:,} quiet batches on average"
+
+
+def _pooled_words(waiting: Sequence[CheckRecord]) -> tuple[str, ...]:
+    if not waiting:
+        return ()
+    names = ", ".join(record.key.batch_id for record in waiting)
+    samples = int(sum(record.metrics.get("batch.samples", 0) for record in waiting))
+    return (f"tested together with {samples} pictures of {names}, too few by themselves",)
+
+
+def _evidence_of(batch: Batch, measured: Measured, settings: Settings) -> Evidence:
+    return Evidence(
+        batch_id=batch.id,
+        alarm=measured.detection.alarm,
+        p_value=measured.detection.p_value,
+        alpha=measured.detection.alpha,
+        estimated=measured.estimate.value,
+        reference=measured.estimate.reference,
+        novelty=measured.estimate.novelty,
+        believable=measured.estimate.believable,
+        stream=_stream_short(settings),
+    )
+
+
+def _settled_slices(
+    settings: Settings,
+    features: FeatureTable,
+    truth: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+) -> dict[str, float]:
+    """Give the true accuracy of each slice; a metric's name allows few characters."""
+    found = {}
+    right = features.predicted == truth
+    for column in settings.checks.slices:
+        if column in features.metadata.columns:
+            told = values_of(features, column)
+            for value in told.dropna().unique():
+                name = "".join(
+                    c if c.isalnum() or c in "_-. " else "_" for c in f"{column} {value}"
+                )
+                found[f"slice.{name[:150]}.settled"] = float(
+                    right[(told == value).to_numpy()].mean()
+                )
+    return found
+
+
+def _metrics(measured: Measured, samples: int, quarantined: int) -> dict[str, float]:
+    detection, estimate = measured.detection, measured.estimate
+    return {
+        "drift.p_value": float(detection.p_value),
+        "drift.alarm": float(detection.alarm),
+        "drift.alpha": float(detection.alpha),
+        "drift.parts": float(len(detection.parts)),
+        "drift.stream": float(measured.stream.value),
+        "drift.stream_threshold": float(measured.stream.threshold),
+        "drift.slices_alarmed": float(sum(row.alarm for row in measured.slices)),
+        "accuracy.estimated": float(estimate.value),
+        "accuracy.estimated_low": float(estimate.low),
+        "accuracy.estimated_high": float(estimate.high),
+        "accuracy.reference": float(estimate.reference),
+        "accuracy.novelty": float(estimate.novelty),
+        "accuracy.believable": float(estimate.believable),
+        "batch.samples": float(samples),
+        "batch.tested": float(len(measured.features)),
+        "batch.quarantined": float(quarantined),
+    }
+
+
+def _log_files(registry: Registry, run_id: str, folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        registry.log_file(run_id, path)
+
+
+def _write_report(
+    path: Path,
+    registry: Registry,
+    settings: Settings,
+    against: Against,
+    batch: Batch,
+    read: BatchData,
+    past: Past,
+    measured: Measured,
+    decision: Decision,
+) -> None:
+    from monitoring.report import Page, write_report  # Evidently takes seconds to import
+    from monitoring.report import Past as Drawn
+
+    title = f"Batch {batch.id} against version {against.version.number}"
+    page = Page(
+        title=title,
+        reference=against.reference,
+        batch=measured.features,
+        detection=measured.detection,
+        estimate=measured.estimate,
+        decision=decision,
+        stream_words=stream_words(measured.stream, settings),
+        stream_value=measured.stream.value,
+        stream_threshold=measured.stream.threshold,
+        past=tuple(
+            Drawn(
+                batch_id=record.key.batch_id,
+                at=record.started,
+                p_value=record.metrics["drift.p_value"],
+                stream=record.metrics["drift.stream"],
+                alarm=record.alarm,
+                estimated=record.metrics["accuracy.estimated"],
+                low=record.metrics["accuracy.estimated_low"],
+                high=record.metrics["accuracy.estimated_high"],
+                settled=record.metrics.get("accuracy.settled"),
+            )
+            for record in past.records
+            if "drift.stream" in record.metrics
+        )[-MAX_PAST:],
+        strays=_strays(against, read, measured.features),
+        dimensions=tuple(
+            f"embedding {moved.index + 1} {moved.move:+.1f} sd"
+            for moved in moved_dimensions(against.reference, measured.features)
+        ),
+        slices=measured.slices,
+        error_words=estimate_track(past.records).words,
+        notes=measured.notes,
+        min_drop=settings.policy.min_drop,
+    )
+    write_report(
+        path,
+        page,
+        workspace=settings.workspace,
+        project=registry.name,
+        run_key=f"{against.version.number} {batch.id} {batch.digest}",
+    )
+
+
+def _strays(
+    against: Against, read: BatchData, features: FeatureTable
+) -> tuple[tuple[str, bytes, str, bytes, float], ...]:
+    """Give the farthest pictures beside the nearest ones that the reference has."""
+    places = {name: i for i, name in enumerate(read.samples["sample_id"])}
+    found = farthest(against.reference, features)
+    preprocessing = against.network.config.preprocessing
+    known = against.memory.pixels([stray.nearest_id for stray in found], preprocessing)
+    return tuple(
+        (
+            stray.sample_id,
+            thumbnail(read.pictures[places[stray.sample_id]].pixels),
+            stray.nearest_id,
+            thumbnail(known[stray.nearest_id]) if stray.nearest_id in known else b"",
+            stray.distance,
+        )
+        for stray in found
+        if stray.sample_id in places  # the others came with an earlier batch
+    )
+
+
+def _show_in_prefect(registry: Registry, checked: Checked) -> None:
+    run = registry.run_url(checked.run_id)
+    report = registry.run_url(checked.run_id, artifact="report.html")
+    create_markdown_artifact(
+        key=f"check-{_slug(registry.name)}",
+        description=f"{checked.batch_id}: {checked.action}",
+        markdown=(
+            f"## {checked.action}: `{checked.batch_id}` against version {checked.champion}\n\n"
+            f"{checked.reason}\n\n"
+            "| | |\n|---|---|\n"
+            f"| samples | {checked.samples} ({checked.quarantined} quarantined) |\n"
+            f"| p-value | {checked.p_value:.3g} |\n"
+            f"| accuracy, estimated | {checked.estimated:.3f} |\n"
+            f"| accuracy, reference | {checked.reference:.3f} |\n"
+            f"| nearest regime | {checked.regime} |\n\n"
+            f"[Drift report]({report}) · [check in MLflow]({run}) ·"
+            f" [version {checked.champion}]({registry.version_url(checked.champion)})\n"
+        ),
+    )
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def _without_test(
+    registry: Registry,
+    batch: Batch,
+    champion: Version,
+    run_id: str,
+    action: str,
+    reason: str,
+    samples: int,
+) -> Checked:
+    """Put a check on record that tested nothing."""
+    registry.log(
+        run_id,
+        metrics={"batch.samples": float(samples)},
+        tags={"sustain.action": action, "sustain.reason": reason, "mlflow.note.content": reason},
+    )
+    registry.end_run(run_id)
+    return replace(_unmeasured(batch, champion, run_id, action, reason), samples=samples)
+
+
+def _unmeasured(batch: Batch, champion: Version, run_id: str, action: str, reason: str) -> Checked:
+    """Describe a check without figures."""
+    nan = float("nan")
+    return Checked(
+        batch_id=batch.id,
+        champion=champion.number,
+        samples=0,
+        quarantined=0,
+        p_value=nan,
+        alarm=False,
+        estimated=nan,
+        reference=nan,
+        regime="",
+        action=action,
+        reason=reason,
+        run_id=run_id,
+    )
