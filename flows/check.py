@@ -35,7 +35,7 @@ from monitoring.features import FeatureTable, concatenate, extract
 from monitoring.findings import findings
 from monitoring.policy import Action, Decision, Evidence
 from monitoring.reference import Reference
-from monitoring.sequential import StreamEvidence, StreamState, bets, fold
+from monitoring.sequential import Running, StreamEvidence, StreamState, bets, step
 from monitoring.slices import Slice, check_slices, joined, values_of
 from sft.dataset import Role
 from sft.memory import Memory
@@ -66,20 +66,29 @@ class Against:
 
 @dataclass
 class Past:
-    """The finished checks against the champion, oldest first, and their evidence for the stream."""
+    """The finished checks against the champion, oldest first, and where they leave the stream."""
 
+    settings: Settings
     records: list[CheckRecord]
-    evidence: list[StreamEvidence] = field(init=False)
+    running: Running = field(init=False, default_factory=Running)
 
     def __post_init__(self) -> None:
-        """Read the evidence once."""
-        self.evidence = [e for e in map(_stream_evidence, self.records) if e is not None]
+        """Fold the evidence once."""
+        for record in self.records:
+            self._add_up(record)
 
     def append(self, record: CheckRecord) -> None:
         """Add the newest check."""
         self.records.append(record)
-        if (evidence := _stream_evidence(record)) is not None:
-            self.evidence.append(evidence)
+        self._add_up(record)
+
+    def step(self, evidence: StreamEvidence) -> tuple[Running, StreamState]:
+        """Say where the stream would stand with one more batch; nothing is added."""
+        return step(self.running, evidence, self.settings.stream, self.settings.detection.alpha)
+
+    def _add_up(self, record: CheckRecord) -> None:
+        if text := record.tags.get("sustain.stream"):
+            self.running, _ = self.step(StreamEvidence.from_json(text))
 
     @property
     def waiting(self) -> list[CheckRecord]:
@@ -199,9 +208,11 @@ def check(
             decision,
         )
         _log_files(registry, run_id, folder)
+    metrics = _metrics(measured, len(own), len(read.quarantined))
+    registry.chart(champion.number, metrics, step=len(past.records) + 1)
     registry.log(
         run_id,
-        metrics=_metrics(measured, len(own), len(read.quarantined)),
+        metrics=metrics,
         tags={
             "sustain.action": decision.action.value,
             "sustain.reason": decision.reason,
@@ -243,7 +254,8 @@ def measure(
     slices = check_slices(reference, features, settings.checks.slices, settings.detection)
     p_value = joined(found.p_value, slices)
     evidence = StreamEvidence(p_value, bets(reference, features))
-    stream = fold([*past.evidence, evidence], settings.stream, settings.detection.alpha)[-1]
+    # what is on record is rounded: the same is added up now as later
+    _, stream = past.step(StreamEvidence.from_json(evidence.to_json()))
     return Measured(
         features=features,
         detection=replace(found, alarm=stream.alarm, p_value=p_value),
@@ -346,11 +358,6 @@ def _features(network: Network, read: BatchData, places: Sequence[int]) -> Featu
         sizes=[sizes[i] for i in places],
         metadata=read.metadata.iloc[list(places)].reset_index(drop=True),
     )
-
-
-def _stream_evidence(record: CheckRecord) -> StreamEvidence | None:
-    text = record.tags.get("sustain.stream")
-    return StreamEvidence.from_json(text) if text else None
 
 
 def _stream_short(settings: Settings) -> str:

@@ -247,7 +247,7 @@ def check_all(
         and does not keep the other batches waiting.
     """
     against = load_champion(registry, plan.champion)
-    past = Past(list(plan.finished))
+    past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
     def decided(evidence: Evidence) -> Decision:
