@@ -198,7 +198,7 @@ def _make(
         _require_better_than_chance(accuracy, len(holdout), classes)
     made = Package(
         network=network,
-        reference=build_reference(network, memory),
+        reference=build_reference(network, memory, max_regimes=settings.checks.max_regimes),
         memory=memory,
         learned=learned,
         lineage=Lineage(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from monitoring.features import extract
-from monitoring.reference import Reference, Regime
+from monitoring.reference import Reference, Regime, bounded
 from sft import models
 from sft.memory import Memory
 from sft.models import Network
@@ -73,11 +73,12 @@ class Package:
 
 
 def build_reference(
-    network: Network, memory: Memory, *, learned: Collection[str] = ()
+    network: Network, memory: Memory, *, max_regimes: int, learned: Collection[str] = ()
 ) -> Reference:
     """Let the network embed the held-out samples of every regime in its memory.
 
-    A regime with too few samples for a test (under 20) is left out.
+    A regime with too few samples for a test (under 20) is left out; of more than `max_regimes` the
+    nearest are merged.
     """
     classes, preprocessing = network.config.classes, network.config.preprocessing
     regimes = []
@@ -96,4 +97,4 @@ def build_reference(
                 ),
             )
             regimes.append(Regime(name, features, data.labels.numpy()))
-    return Reference(tuple(regimes), classes)
+    return bounded(Reference(tuple(regimes), classes), max_regimes)

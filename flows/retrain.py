@@ -163,7 +163,9 @@ def make_challenger(
     trained = frozenset(used[used["role"] != Role.HOLDOUT.value]["sample_id"])
     made = Package(
         network=tuned.network,
-        reference=build_reference(tuned.network, carried, learned=trained),
+        reference=build_reference(
+            tuned.network, carried, max_regimes=settings.checks.max_regimes, learned=trained
+        ),
         memory=carried,
         learned=learned,
         learned_before=before,

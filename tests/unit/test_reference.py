@@ -8,7 +8,16 @@ import pandas as pd
 import pytest
 
 from monitoring.features import FeatureTable, concatenate
-from monitoring.reference import Reference, Regime, assign, halves, portions, route, whiten
+from monitoring.reference import (
+    Reference,
+    Regime,
+    assign,
+    bounded,
+    halves,
+    portions,
+    route,
+    whiten,
+)
 
 
 def table(seed: int, n: int, shift: float = 0.0, d: int = 6, start: int = 0) -> FeatureTable:
@@ -185,3 +194,39 @@ def test_batches_of_another_version_are_refused() -> None:
         route(two_worlds(), table(0, 5, d=7))
     with pytest.raises(ValueError, match="no rows"):
         route(two_worlds(), table(0, 0))
+
+
+def test_selected_rows_are_whitened_once() -> None:
+    """A second batch is compared with the very same regimes as the first."""
+    reference = Reference((regime("a", 0, 400), regime("b", 1, 400, shift=2.0)), ("a", "b", "c"))
+    one, other = (
+        portions(reference, concatenate([table(i, 100), table(i + 1, 100, shift=2.0)]))
+        for i in (5, 7)
+    )
+    for first, second in zip(one, other, strict=True):
+        assert first.home is second.home
+        assert all(a is b for a, b in zip(first.candidates, second.candidates, strict=True))
+
+
+def test_a_single_small_regime_is_a_portion() -> None:
+    """With one world nothing is cut, so nothing needs twenty rows."""
+    (portion,) = portions(Reference((regime("a", 0, 10),), ("a", "b", "c")), table(1, 7))
+    assert portion.rows.tolist() == list(range(7))
+    assert len(portion.home.features) == 10
+
+
+def test_the_number_of_regimes_is_bounded() -> None:
+    """The pair that is hardest to tell apart is merged first, until few enough are left."""
+    far, near = regime("far", 1, shift=12.0), regime("near", 2, 140, shift=1.0)
+    reference = Reference((regime("first", 0), far, near), ("a", "b", "c"))
+    two = bounded(reference, 2)
+    assert [r.name for r in two.regimes] == ["first + near", "far"]
+    assert two.n == reference.n
+    assert two.regimes[0].split is None
+    np.testing.assert_array_equal(
+        two.regimes[0].labels, np.concatenate([reference.regimes[0].labels, near.labels])
+    )
+    assert [r.name for r in bounded(reference, 1).regimes] == ["first + near + far"]
+    assert bounded(reference, 3).regimes == reference.regimes
+    with pytest.raises(ValueError, match="max_regimes=0"):
+        bounded(reference, 0)
