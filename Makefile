@@ -12,10 +12,11 @@ demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
 
 test: $(INSTALLED)  ## all tests, with real Prefect and MLflow servers
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
+	$(BIN)/pytest tests/integration tests/e2e
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
-	$(BIN)/pytest tests/unit tests/contracts
+	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
 
 lint: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .

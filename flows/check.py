@@ -167,9 +167,7 @@ def check(
         preprocessing = against.network.config.preprocessing
         read = read_batch(batch, settings.feed, settings.root, preprocessing)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
-        registry.log(run_id, tags={"sustain.action": FAILED, "sustain.reason": str(error)})
-        registry.end_run(run_id, failed=True)
-        return _unmeasured(batch, champion, run_id, FAILED, str(error))
+        return _fail(registry, batch, champion, run_id, str(error))
     places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in against.used]
     if not places:
         reason = "The champion learned from every sample of the batch, or has it in its reference."
@@ -194,7 +192,10 @@ def check(
             )
             _log_files(registry, run_id, folder)
             return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
-        measured = measure(settings, against.reference, tested, past, _pooled_words(waiting))
+        try:
+            measured = measure(settings, against.reference, tested, past, _pooled_words(waiting))
+        except ValueError as error:  # too small a reference for alpha, or features not finite
+            return _fail(registry, batch, champion, run_id, str(error))
         decision = decide(_evidence_of(batch, measured, settings))
         _write_report(
             folder / "report.html",
@@ -539,6 +540,12 @@ def _show_in_prefect(registry: Registry, checked: Checked) -> None:
 
 def _slug(name: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def _fail(registry: Registry, batch: Batch, champion: Version, run_id: str, reason: str) -> Checked:
+    registry.log(run_id, tags={"sustain.action": FAILED, "sustain.reason": reason})
+    registry.end_run(run_id, failed=True)
+    return _unmeasured(batch, champion, run_id, FAILED, reason)
 
 
 def _without_test(

@@ -31,6 +31,7 @@ STATISTICS = (
     "brightness",
     "contrast",
     "sharpness",
+    "noise",
     "saturation",
     "width",
     "height",

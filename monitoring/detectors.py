@@ -68,9 +68,16 @@ COUNTED = 50
 LEAST_SKEWNESS = 0.5
 """The skewness of 199 draws may be too small by chance, and the tail then too thin."""
 MOST_NEEDED = 10_000_000
-DETECTORS = ("mmd", "hotelling", "scores", "probabilities", "predicted")
+DETECTORS = ("mmd", "hotelling", "scores", "probabilities", "predicted", "statistics")
 DEFAULT_SHARES = MappingProxyType(
-    {"mmd": 0.5, "hotelling": 0.125, "scores": 0.125, "probabilities": 0.125, "predicted": 0.125}
+    {
+        "mmd": 0.5,
+        "hotelling": 0.1,
+        "scores": 0.1,
+        "probabilities": 0.1,
+        "predicted": 0.1,
+        "statistics": 0.1,
+    }
 )
 """The kernel is the best single test; the closed-form ones explain, and give small p."""
 
@@ -127,6 +134,7 @@ class DetectionSettings:
             "scores": ScoresKS(k),
             "probabilities": ProbabilitiesKS(),
             "predicted": PredictedClasses(),
+            "statistics": StatisticsKS(),
         }
         total = sum(self.detectors.values())
         return Joint(
@@ -604,6 +612,49 @@ class ProbabilitiesKS:
         theirs = np.sort(comparison.batch.probabilities, axis=0)
         distance, p_value = _kolmogorov_smirnov(ours, theirs)
         return Shift(self.name, distance, _of_many(p_value, ours.shape[1], len(ours), len(theirs)))
+
+
+@dataclass(frozen=True)
+class StatisticsKS:
+    """Kolmogorov and Smirnov's test on each picture statistic that varies, by Bonferroni.
+
+    It sees a camera that changes before the model does: faint noise, another size, a colour cast.
+    Statistic: the largest distance between two distribution functions, 0 to 1.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the test is called in reports."""
+        return "KS of picture statistics"
+
+    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
+        """Test whether each statistic that both sides have is distributed as it was."""
+        return self.compare(Comparison(reference, batch))
+
+    def floor(self, n: int, m: int) -> float:
+        """Give the smallest p that m rows can have against n, at most."""
+        return _fewest(n, m)
+
+    def compare(self, comparison: Comparison) -> Shift:
+        """Do the same with what several tests share."""
+        known = comparison.reference.sorted_statistics
+        seen = comparison.batch.statistics
+        pairs = [
+            (ours, np.sort(seen[name].to_numpy(dtype=np.float64)))
+            for name, ours in known.items()
+            if name in seen.columns
+        ]
+        varying = [
+            (ours, theirs)
+            for ours, theirs in pairs
+            if min(ours[0], theirs[0]) < max(ours[-1], theirs[-1])
+        ]
+        if not varying:
+            return Shift(self.name, 0.0, 1.0)
+        ours, theirs = (np.column_stack(side) for side in zip(*varying, strict=True))
+        distance, p_value = _kolmogorov_smirnov(ours, theirs)
+        p_value = _of_many(p_value, ours.shape[1], len(ours), len(theirs))
+        return Shift(self.name, distance, p_value)
 
 
 @dataclass(frozen=True)

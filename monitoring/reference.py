@@ -170,6 +170,12 @@ class Regime:
         return np.sort(self.features.probabilities[self.read], axis=0)
 
     @cached_property
+    def sorted_statistics(self) -> dict[str, Floats]:
+        """Each picture statistic of the rows read, (n,) float64, sorted."""
+        table = self.features.statistics.iloc[self.read]
+        return {str(name): np.sort(table[name].to_numpy(np.float64)) for name in table.columns}
+
+    @cached_property
     def kernels(self) -> dict[int, object]:
         """What `detectors.MMD` keeps of these rows, by the number of dimensions; starts empty."""
         return {}

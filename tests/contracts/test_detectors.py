@@ -13,6 +13,7 @@ from monitoring.detectors import (
     PredictedClasses,
     ProbabilitiesKS,
     ScoresKS,
+    StatisticsKS,
 )
 from monitoring.features import FeatureTable
 from monitoring.reference import Regime
@@ -24,6 +25,7 @@ DETECTORS = [
     pytest.param(ScoresKS(), id="scores"),
     pytest.param(ProbabilitiesKS(), id="probabilities"),
     pytest.param(PredictedClasses(), id="predicted"),
+    pytest.param(StatisticsKS(), id="statistics"),
     pytest.param(DetectionSettings().joint, id="joint"),
 ]
 

@@ -75,6 +75,6 @@ def test_nothing_is_remembered(embedder: tuple[Embedder, int]) -> None:
 def test_extract_takes_it(embedder: tuple[Embedder, int]) -> None:
     """`extract` turns its answers into a feature table."""
     model, size = embedder
-    table = extract(model, tuple("abcdef"), pictures(size), [(size, size)] * 6, batch_size=4)
+    table = extract(model, tuple("abcdef"), pictures(size), [(size, size, 3)] * 6, batch_size=4)
     assert table.embedding.shape == (6, model.embed(pictures(size))[0].shape[1])
     assert table.probabilities.shape == (6, 3)

@@ -60,11 +60,22 @@ def test_statistics_of_known_pictures() -> None:
     pictures[2, :, ::2, ::2] = pictures[2, :, 1::2, 1::2] = 255
     pictures[3, 0] = 255
     found = picture_statistics(pictures)
-    assert found.shape == (4, 4)
+    assert found.shape == (4, 5)
     np.testing.assert_allclose(found["brightness"], [128 / 255, 0.5, 0.5, 0.299], atol=1e-5)
     np.testing.assert_allclose(found["contrast"], [0, 0.5, 0.5, 0], atol=1e-4)
     np.testing.assert_allclose(found["sharpness"], [0, 1 / 12, 1, 0], atol=1e-5)
     np.testing.assert_allclose(found["saturation"], [0, 0, 0, 1], atol=1e-6)
+
+
+def test_faint_noise_shows_whatever_the_picture_shows() -> None:
+    """Noise of 2, 5 and 12 grey levels is told within a tenth, on stripes as on a flat picture."""
+    picture = torch.full((2, 1, 64, 64), 100.0)
+    picture[1, :, :, ::8] = 200
+    for sd in (2, 5, 12):
+        added = torch.randn(picture.shape, generator=torch.Generator().manual_seed(sd)) * sd
+        found = picture_statistics((picture + added).round().to(torch.uint8))["noise"] * 255
+        assert abs(found[0] / sd - 1) < 0.1
+        assert found[1] < 2 * sd
 
 
 def test_one_channel_has_no_saturation() -> None:
@@ -96,7 +107,7 @@ def test_extract_sees_every_picture_once() -> None:
     assert some.embedding.shape == (50, 16)
     assert some.embedding.dtype == some.probabilities.dtype == np.float32
     assert list(some.statistics.columns) == [
-        "brightness", "contrast", "sharpness", "saturation",
+        "brightness", "contrast", "sharpness", "noise", "saturation",
         "width", "height", "aspect", "channels",
     ]  # fmt: skip
     assert (some.statistics[["width", "height", "aspect"]] == [20, 10, 2]).all(axis=None)
@@ -105,7 +116,9 @@ def test_extract_sees_every_picture_once() -> None:
 def test_without_sizes_there_are_no_columns_of_them() -> None:
     """Pictures whose sizes nobody knows have the other statistics."""
     table = extract(Projection(64), ["a", "b"], digits(2))
-    assert list(table.statistics.columns) == ["brightness", "contrast", "sharpness", "saturation"]
+    assert list(table.statistics.columns) == [
+        "brightness", "contrast", "sharpness", "noise", "saturation",
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="2 pictures need as many ids"):
         extract(Projection(64), ["a"], digits(2))
 
