@@ -278,8 +278,8 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
         )
     registry.log(
         run_id,
-        metrics={"best_epoch": float(tuned.best_epoch)},
-        tags={"sustain.stopped": tuned.stopped},
+        metrics={"best_epoch": float(tuned.best_epoch), "interpolation.alpha": tuned.alpha},
+        tags={"sustain.stopped": tuned.stopped, "sustain.corrected": "; ".join(tuned.notes)},
     )
 
 

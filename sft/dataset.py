@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,15 +93,18 @@ def batches(
     batch_size: int,
     rehearsal: float,
     generator: torch.Generator,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    balanced: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
 
-    Yields uint8 pictures (b, C, H, W) and labels (b,). The old samples of a batch are drawn
-    uniformly, and repeated only when the memory holds fewer than the share asks for.
+    Yields uint8 pictures (b, C, H, W), labels (b,) and whether each is old, bool (b,). The old
+    samples of a batch are drawn uniformly, and repeated only when the memory holds fewer than the
+    share asks for. With `balanced` as many fresh samples are drawn with repetition, each class
+    equally often.
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
-    chunks = list(torch.randperm(len(fresh), generator=generator).split(fresh_count))
+    chunks = list(_order(fresh, generator, balanced=balanced).split(fresh_count))
     if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
         chunks[-2:] = [torch.cat(chunks[-2:])]
     for chosen in chunks:
@@ -111,7 +115,35 @@ def batches(
             old = old.repeat(math.ceil(share / len(old)))[:share]
             pixels = torch.cat([pixels, memory.pixels[old]])
             labels = torch.cat([labels, memory.labels[old]])
-        yield pixels, labels
+        yield pixels, labels, torch.arange(len(labels)) >= len(chosen)
+
+
+def _order(fresh: LabelledPictures, generator: torch.Generator, *, balanced: bool) -> Tensor:
+    if not balanced:
+        return torch.randperm(len(fresh), generator=generator)
+    counts = torch.bincount(fresh.labels).float()
+    shares = 1 / counts[fresh.labels]
+    return torch.multinomial(shares, len(fresh), replacement=True, generator=generator)
+
+
+def mixup(
+    pixels: Tensor, targets: Tensor, alpha: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Blend each picture and its target with another of the batch (Zhang et al. 2018).
+
+    Args:
+        pixels: uint8 (n, C, H, W).
+        targets: float (n, classes), shares of classes.
+        alpha: of the Beta(alpha, alpha) that the shares of a batch are drawn from; 0: no blending.
+        generator: source of the partners and the share.
+    """
+    if alpha == 0 or len(pixels) < 2:  # noqa: PLR2004 - nobody to blend with
+        return pixels, targets
+    seed = int(torch.randint(2**31, (), generator=generator))
+    share = float(np.random.default_rng(seed).beta(alpha, alpha))
+    partner = torch.randperm(len(pixels), generator=generator)
+    blended = pixels.float().lerp(pixels[partner].float(), 1 - share).round().to(torch.uint8)
+    return blended, targets.lerp(targets[partner], 1 - share)
 
 
 def shift(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:

@@ -1,23 +1,61 @@
-"""Fine-tuning: one visible loop with rehearsal, L2-SP and early stopping."""
+"""Fine-tuning: one visible loop with rehearsal, L_pre and early stopping."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from sft.dataset import LabelledPictures, batches, shift
+from sft.averaging import choose_alpha
+from sft.dataset import LabelledPictures, batches, mixup, shift
 from sft.models import Network
-from sft.objectives import L2SP, class_weights
+from sft.objectives import (
+    EWC,
+    L2SP,
+    DarkExperience,
+    Distillation,
+    Penalty,
+    Teacher,
+    class_weights,
+    fisher,
+    soft_cross_entropy,
+    soft_targets,
+)
+from sft.schedules import Optimiser, Schedule, make_optimiser, make_schedule
+from sft.strategies import (
+    Phase,
+    Strategy,
+    StrategySettings,
+    apply,
+    correct_momentum,
+    epochs_of,
+    parameter_groups,
+    phases,
+    training_mode,
+)
+
+FISHER_SAMPLES = 200
+"""Old samples that EWC's Fisher information is estimated on: one backward pass each."""
 
 
 class TrainingError(ValueError):
     """Training cannot start or go on; the message names the thing and the way out."""
+
+
+class StopBy(StrEnum):
+    """What early stopping looks at."""
+
+    LOSS = "loss"
+    ACCURACY = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -27,34 +65,96 @@ class TrainingSettings:
     The defaults are what won on real pictures: rehearsal of old samples is the term that no default
     may lack (a new domain learned at 45 % with the old one at 62 %, against 47/33 without it), then
     a weak pull towards the champion (46/62), with batch-norm statistics frozen (77 against 74).
+
+    Attributes:
+        epochs, batch_size: `epochs` at most; a batch holds fresh and rehearsed samples.
+        strategy, freeze_first, train_last, surgical_first, head_share, second_rate, backbone_rate:
+            what may move, and how fast; see `sft.strategies.StrategySettings`.
+        optimiser, learning_rate, momentum, weight_decay: `momentum` is SGD's.
+        schedule, step_epochs, step_factor, warmup: see `sft.schedules`.
+        rehearsal: share of each batch that is old samples.
+        l2_sp, ewc, distillation, temperature, dark_experience: strengths of the terms of L_pre that
+            hold the champion's weights or answers; see `sft.objectives`. 0 turns one off.
+        class_weights: each class counts the same in the loss.
+        balanced: each class is drawn equally often, with repetition.
+        label_smoothing, mixup, dropout: against overfitting; `dropout` acts before the head.
+        freeze_batch_norm: keep the champion's batch-norm statistics.
+        shift_pixels: augmentation: each picture moves by up to so many pixels.
+        stop_by, patience: epochs without a better validation loss, or accuracy, before it stops.
+        interpolate: mix the result with the champion, by the share that validates best.
+        clip_norm: longest gradient.
+        seed: of every random draw.
     """
 
     epochs: int = 30
     batch_size: int = 64
+    strategy: Strategy = Strategy.FULL
+    freeze_first: int = 0
+    train_last: int = 0
+    surgical_first: int = 2
+    head_share: float = 0.3
+    second_rate: float = 0.1
+    backbone_rate: float = 1.0
+    optimiser: Optimiser = Optimiser.ADAMW
     learning_rate: float = 1e-3
+    momentum: float = 0.9
     weight_decay: float = 1e-4
+    schedule: Schedule = Schedule.COSINE
+    step_epochs: int = 10
+    step_factor: float = 0.1
+    warmup: float = 0.0
     rehearsal: float = 0.5
     l2_sp: float = 0.01
+    ewc: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 2.0
+    dark_experience: float = 0.0
     class_weights: bool = True
+    balanced: bool = False
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    dropout: float = 0.0
     freeze_batch_norm: bool = True
     shift_pixels: int = 0
+    stop_by: StopBy = StopBy.LOSS
     patience: int = 6
+    interpolate: bool = False
     clip_norm: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
-        for name in ("epochs", "batch_size", "patience"):
+        for name in ("epochs", "batch_size", "patience", "step_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
+        for name in ("learning_rate", "clip_norm", "temperature", "step_factor"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "l2_sp", "shift_pixels"):
-            if getattr(self, name) < 0:
+        for name in (
+            "weight_decay", "l2_sp", "ewc", "distillation", "dark_experience", "mixup",
+            "shift_pixels",
+        ):  # fmt: skip
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.rehearsal < 1:
-            raise ValueError(f"rehearsal must be at least 0 and below 1, got {self.rehearsal}")
+        for name in ("rehearsal", "momentum", "label_smoothing", "dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+                )
+        _ = self.moves
+
+    @property
+    def moves(self) -> StrategySettings:
+        """What may move, and how fast."""
+        return StrategySettings(
+            strategy=self.strategy,
+            freeze_first=self.freeze_first,
+            train_last=self.train_last,
+            surgical_first=self.surgical_first,
+            head_share=self.head_share,
+            second_rate=self.second_rate,
+            backbone_rate=self.backbone_rate,
+        )
 
 
 @dataclass(frozen=True)
@@ -69,12 +169,25 @@ class Epoch:
 
 @dataclass(frozen=True)
 class FineTuned:
-    """The best network of a run, and the run's history."""
+    """The best network of a run, and the run's history.
+
+    `alpha` is the share of the way from the champion that was kept; `notes` say what was corrected.
+    """
 
     network: Network
     epochs: tuple[Epoch, ...]
     best_epoch: int
     stopped: str
+    alpha: float = 1.0
+    notes: tuple[str, ...] = ()
+
+
+class _NotFiniteError(Exception):
+    """The loss or its gradient is not a number; `step` of the epoch says where."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 def fine_tune(
@@ -94,83 +207,218 @@ def fine_tune(
         fresh: what to learn.
         settings: how.
         memory: old samples, rehearsed beside the fresh ones.
-        anchor: the network whose weights L2-SP pulls towards; `start` by default. A head that was
-            widened is pulled only in the rows that the anchor has.
+        anchor: the champion, whose weights and answers L_pre holds; `start` by default. A head that
+            was widened is held only in the rows that the anchor has.
         validation: sets whose mean losses are averaged for early stopping, each set with the same
             weight (fresh and old, so that the best epoch is not the one that forgot most).
         on_epoch: called after each epoch, for progress.
 
     Returns:
-        The weights of the epoch with the lowest validation loss (of the last one without
-        validation) and the history. The same seed on the same machine gives the same weights.
+        The weights of the epoch that validated best (of the last one without validation) and the
+        history. The same seed on the same machine gives the same weights.
 
     Raises:
-        TrainingError: no samples, a single class, or a loss that is not finite before any epoch has
-            ended (later, training stops and the best weights are kept).
+        TrainingError: no samples, a single class, a strategy that the network has no layers for, or
+            a loss that is not finite before any epoch has ended (later, training stops and the best
+            weights are kept).
     """
-    if memory is not None and not (len(memory) and settings.rehearsal):
+    if memory is not None and not len(memory):
         memory = None
-    _check_labels(fresh, memory)
-    network = copy.deepcopy(start)
+    rehearsed = memory if settings.rehearsal else None
+    _check_labels(fresh, rehearsed)
+    network, champion = copy.deepcopy(start), anchor or start
     network.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(settings.seed)
-    pull = L2SP(dict((anchor or start).named_parameters()), settings.l2_sp)
-    weights = _loss_weights(network, fresh, memory, settings)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    old_count = round(settings.batch_size * settings.rehearsal) if memory is not None else 0
-    steps = settings.epochs * math.ceil(len(fresh) / max(1, settings.batch_size - old_count))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    best = _snapshot(network)
-    best_loss, best_epoch, stopped = math.inf, 0, "all epochs done"
-    validated = any(len(data) for data in validation)
+    try:
+        plan = phases(network, settings.moves, new_head=network.config != champion.config)
+        epochs = epochs_of(plan, settings.epochs)
+        terms = _terms(champion, memory, settings, generator)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    weights = _loss_weights(network, fresh, rehearsed, settings)
+    job = _Job(network, fresh, rehearsed, settings, tuple(terms), weights, generator)
+    best = _Best(_snapshot(network), settings, validated=any(len(data) for data in validation))
     history: list[Epoch] = []
+    notes: list[str] = []
+    stopped = "all epochs done"
 
-    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-        torch.manual_seed(settings.seed)
-        for number in range(1, settings.epochs + 1):
-            _training_mode(network, freeze_batch_norm=settings.freeze_batch_norm)
-            losses: list[float] = []
-            for pixels, labels in batches(
-                fresh,
-                memory,
-                batch_size=settings.batch_size,
-                rehearsal=settings.rehearsal,
-                generator=generator,
-            ):
-                logits = network(shift(pixels, settings.shift_pixels, generator))
-                loss = functional.cross_entropy(logits, labels, weights)
-                if settings.l2_sp:
-                    loss = loss + pull(network)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-                if not torch.isfinite(loss + norm):  # a step would spoil the weights
+    with torch.random.fork_rng(devices=[]), _dropout(network, settings.dropout), _unfrozen(network):
+        torch.manual_seed(settings.seed)  # dropout draws from the global generator
+        for phase, count in zip(plan, epochs, strict=True):
+            optimiser, schedule, corrected = _begin(job, phase, count)
+            notes += [corrected] if corrected else []
+            best.last = len(history)
+            for number in range(len(history) + 1, len(history) + 1 + count):
+                training_mode(network, phase, freeze_batch_norm=settings.freeze_batch_norm)
+                try:
+                    train_loss = _one_pass(job, optimiser, schedule)
+                except _NotFiniteError as error:
+                    stopped = (
+                        f"the loss or its gradient was not finite at step {error.step} of epoch"
+                        f" {number}: lower learning_rate ({settings.learning_rate:g})"
+                    )
+                    if not history:
+                        raise TrainingError(stopped) from None
                     break
-                optimiser.step()
-                schedule.step()
-                losses.append(loss.item())
-            else:
-                epoch = _validated(network, number, sum(losses) / len(losses), validation)
+                epoch = _validated(network, number, train_loss, validation)
                 history.append(epoch)
                 if on_epoch is not None:
                     on_epoch(epoch)
-                if not validated or epoch.validation_loss < best_loss:
-                    best, best_loss, best_epoch = _snapshot(network), epoch.validation_loss, number
-                elif number - best_epoch >= settings.patience:
-                    stopped = f"no better validation loss for {settings.patience} epochs"
+                if not best.takes(epoch, network) and number - best.last >= settings.patience:
+                    stopped = (
+                        f"no better validation {settings.stop_by} for {settings.patience} epochs"
+                    )
                     break
-                continue
-            stopped = (
-                f"the loss or its gradient was not finite at step {len(losses) + 1}"
-                f" of epoch {number}: lower learning_rate ({settings.learning_rate:g})"
-            )
-            if not history:
-                raise TrainingError(stopped)
-            break
-    network.load_state_dict(best)
-    return FineTuned(network.eval(), tuple(history), best_epoch, stopped)
+            network.load_state_dict(best.weights)  # where the next phase starts
+    network.eval()
+    alpha = 1.0
+    if settings.interpolate:
+        choice = choose_alpha(champion, network, validation)
+        network, alpha = choice.network, choice.alpha
+    return FineTuned(network, tuple(history), best.epoch, stopped, alpha, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every pass over the fresh samples needs."""
+
+    network: Network
+    fresh: LabelledPictures
+    rehearsed: LabelledPictures | None
+    settings: TrainingSettings
+    terms: tuple[Penalty, ...]
+    weights: Tensor | None
+    generator: torch.Generator
+
+    @property
+    def steps(self) -> int:
+        """Batches in a pass."""
+        old = self.settings.rehearsal if self.rehearsed is not None else 0.0
+        old_count = round(self.settings.batch_size * old)
+        return math.ceil(len(self.fresh) / max(1, self.settings.batch_size - old_count))
+
+
+@dataclass
+class _Best:
+    """The weights that validated best, or the last ones where nothing validates."""
+
+    weights: dict[str, Tensor]
+    settings: TrainingSettings
+    validated: bool
+    score: float = -math.inf
+    epoch: int = 0
+    last: int = 0
+
+    def takes(self, epoch: Epoch, network: Network) -> bool:
+        """Take the weights of an epoch if it is the best so far."""
+        score = float(epoch.number)
+        if self.validated:
+            by_accuracy = self.settings.stop_by is StopBy.ACCURACY
+            score = epoch.validation_accuracy if by_accuracy else -epoch.validation_loss
+        if not score > self.score:
+            return False
+        self.weights, self.score = _snapshot(network), score
+        self.epoch = self.last = epoch.number
+        return True
+
+
+def _begin(job: _Job, phase: Phase, epochs: int) -> tuple[Optimizer, LRScheduler, str]:
+    """Let a phase's parameters move; give its optimiser, its schedule and what was corrected."""
+    settings = job.settings
+    apply(job.network, phase)
+    training_mode(job.network, phase, freeze_batch_norm=settings.freeze_batch_norm)
+    corrected = correct_momentum(job.network, epochs * job.steps)
+    groups = parameter_groups(
+        job.network,
+        phase,
+        learning_rate=settings.learning_rate,
+        backbone_rate=settings.backbone_rate,
+    )
+    optimiser = make_optimiser(groups, settings)
+    return optimiser, make_schedule(optimiser, settings, job.steps, epochs), corrected
+
+
+def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
+    """Go once through the fresh samples; give the mean loss.
+
+    Raises:
+        _NotFiniteError: before a step that would spoil the weights.
+    """
+    settings, network = job.settings, job.network
+    losses: list[float] = []
+    for pixels, labels, is_old in batches(
+        job.fresh,
+        job.rehearsed,
+        batch_size=settings.batch_size,
+        rehearsal=settings.rehearsal,
+        generator=job.generator,
+        balanced=settings.balanced,
+    ):
+        seen = shift(pixels, settings.shift_pixels, job.generator)
+        classes = len(network.config.classes)
+        targets = soft_targets(labels, classes, smoothing=settings.label_smoothing)
+        seen, targets = mixup(seen, targets, settings.mixup, job.generator)
+        logits = network(seen)
+        loss = soft_cross_entropy(logits, targets, job.weights)
+        for term in job.terms:
+            loss = loss + term(network, seen, logits, is_old)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+        if not torch.isfinite(loss + norm):
+            raise _NotFiniteError(len(losses) + 1)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
+
+
+@contextmanager
+def _unfrozen(network: Network) -> Iterator[None]:
+    """Let move afterwards what could move before."""
+    movable = {name: value.requires_grad for name, value in network.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, value in network.named_parameters():
+            value.requires_grad_(movable[name])
+
+
+def _terms(
+    champion: Network,
+    memory: LabelledPictures | None,
+    settings: TrainingSettings,
+    generator: torch.Generator,
+) -> list[Penalty]:
+    """Make the terms of L_pre that the settings ask for."""
+    start = dict(champion.named_parameters())
+    terms: list[Penalty] = []
+    if settings.l2_sp:
+        terms.append(L2SP(start, settings.l2_sp))
+    if settings.ewc:
+        old = memory.pixels[:FISHER_SAMPLES] if memory is not None else torch.empty(0)
+        terms.append(EWC(start, fisher(champion, old, generator=generator), settings.ewc))
+    teacher = Teacher(champion)
+    if settings.distillation:
+        terms.append(Distillation(teacher, settings.distillation, temperature=settings.temperature))
+    if settings.dark_experience:
+        terms.append(DarkExperience(teacher, settings.dark_experience))
+    return terms
+
+
+@contextmanager
+def _dropout(network: Network, p: float) -> Iterator[None]:
+    """Drop a share of what the head is given while the network trains."""
+    if not p:
+        yield
+        return
+    hook = network.head.register_forward_pre_hook(
+        lambda head, given: (functional.dropout(given[0], p, training=head.training), *given[1:])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> None:
@@ -191,14 +439,6 @@ def _loss_weights(
         return None
     labels = fresh.labels if memory is None else torch.cat([fresh.labels, memory.labels])
     return class_weights(labels, len(network.config.classes))
-
-
-def _training_mode(network: Network, *, freeze_batch_norm: bool) -> None:
-    network.train()
-    if freeze_batch_norm:
-        for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the common parent of all three
-                module.eval()
 
 
 def _validated(

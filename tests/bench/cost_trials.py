@@ -40,7 +40,7 @@ from monitoring.features import FeatureTable
 from monitoring.policy import Action, Decision
 from monitoring.reference import Reference
 from monitoring.report import Page, Past, write_report
-from monitoring.sequential import StreamEvidence, StreamSettings, bets, fold
+from monitoring.sequential import Running, StreamEvidence, StreamSettings, bets, step
 
 FEW, MANY = 10, 1000
 TARGETS = {200: 15, 1000: 100}
@@ -54,14 +54,14 @@ class Check:
 
     reference: Reference
     batch: FeatureTable
-    past: tuple[StreamEvidence, ...]
+    running: Running
 
     def __call__(self) -> None:
         batch = self.batch.take(np.arange(len(self.batch)))  # nothing that was worked out before
         detection = detect_drift(self.reference, batch, DetectionSettings(alpha=ALPHA))
         estimate_accuracy(self.reference, batch)
         evidence = StreamEvidence(detection.p_value, bets(self.reference, batch))
-        fold([*self.past, evidence], StreamSettings(), ALPHA)
+        step(self.running, evidence, StreamSettings(), ALPHA)
 
 
 def milliseconds(repeat: int, action: Callable[[], object]) -> float:
@@ -81,15 +81,17 @@ def _timed(name: str, n: int, past: int, repeat: int) -> float:
     large = LARGE if name == DIGITS else len(order) - max(TARGETS)
     reference = reference_of(regime(name, order[:large]))
     batch = pool(name).features.take(order[-n:])
-    one = StreamEvidence(0.5, bets(reference, batch))
-    return milliseconds(repeat, Check(reference, batch, (one,) * past))
+    one, running = StreamEvidence(0.5, bets(reference, batch)), Running()
+    for _ in range(past):
+        running, _state = step(running, one, StreamSettings(), ALPHA)
+    return milliseconds(repeat, Check(reference, batch, running))
 
 
 def _prepared(name: str) -> float:
     """Time what is done once for each reference: a first check less a second one."""
     order = generator("cost").permutation(len(pool(name)))
     batch = pool(name).features.take(order[-200:])
-    check = Check(reference_of(regime(name, order[:LARGE])), batch, ())
+    check = Check(reference_of(regime(name, order[:LARGE])), batch, Running())
     took = []
     for _ in range(2):
         began = time.process_time()

@@ -43,7 +43,8 @@ def test_a_check_is_on_record_in_mlflow_and_prefect(small_world: Callable[[str],
     assert check.metrics["drift.alarm"] == 1
     assert check.tags["mlflow.note.content"] == check.reason
     files = {f.path for f in registry.client.list_artifacts(check.run_id)}
-    assert files == {"features.parquet", "quarantine.csv", "report.html"}
+    requests = {"label_requests.csv", "label_requests.html"}
+    assert files == {"features.parquet", "quarantine.csv", "report.html"} | requests
     assert len(registry.features(check)) == 99
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(

@@ -1,0 +1,313 @@
+"""Batch-norm statistics without labels: re-estimated for a new world, or one set for each world.
+
+Both help where the input changes as a whole, such as a sensor's blur, contrast or colour, and win
+next to nothing elsewhere. CIFAR-10, small ResNet, new / old accuracy in percent, 200 new pictures
+for the bank and 1,000 for re-estimation:
+
+| new world | champion | re-estimated | bank, routed by picture |
+| --- | --- | --- | --- |
+| sensor drift (blur, contrast, colour, noise) | 18 / 70 | 53 / 41 | 52 / 67 |
+| contrast x .45 | 46 / 70 | 69 / 58 | 68 / 68 |
+| blur | 39 / 70 | 64 / 51 | 64 / 69 |
+| inverted | 21 / 70 | 28 / 66 | 27 / 69 |
+| turned by 90° | 26 / 70 | 28 / 65 | 30 / 67 |
+| upside down | 36 / 70 | 37 / 69 | 37 / 69 |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Body = TypeVar("Body", bound=nn.Module)
+
+LOG_FLOOR = 0.05
+"""Of a channel's usual deviation, added before the logarithm."""
+SHRINKAGE = 0.01
+"""Of the pooled covariance towards its diagonal. CIFAR-10, 48 dimensions, 200 new pictures: with
+.01, .05 and .2 blurred pictures were told apart in .95, .94 and .92 of cases, without
+correlations in .80."""
+
+_DOMAINS: ContextVar[Tensor] = ContextVar("domains of the pictures in this pass")
+
+
+class BatchNormError(ValueError):
+    """Statistics cannot be estimated; the message names the thing and the way out."""
+
+
+def reestimate(network: Body, pixels: Tensor, *, share: float = 1.0, batch_size: int = 256) -> Body:
+    """Return a copy whose batch-norm statistics are those of these pictures; no labels are needed.
+
+    One pass in batches of equal size; each statistic becomes its mean over them. Everything else
+    stays to the bit. A challenger like any other, for the gate to judge.
+
+    Args:
+        network: takes `pixels`; its mode stays.
+        pixels: uint8 (n, C, H, W), unlabelled, of one world and of all its classes: from pictures
+            of one class or two, a champion of 70 % fell to 56 to 61 % in its own world. Few are
+            enough: 10, 50 and 200 pictures of a drifted sensor brought 18 % to 51, 52 and 53 %.
+        share: of the new statistics; the rest is the old ones'. n / (n + 16), as Schneider et al.
+            (2020) take, only cost accuracy there (25, 41, 50 %).
+        batch_size: at most so many pictures a pass.
+
+    Raises:
+        BatchNormError: no batch norm, fewer than two pictures, or a share outside 0 to 1.
+    """
+    if not 0 < share <= 1:
+        raise BatchNormError(f"share must be above 0 and at most 1, got {share}")
+    if len(pixels) < 2:  # noqa: PLR2004 - nothing varies over one
+        raise BatchNormError(f"statistics need at least 2 pictures, got {len(pixels)}")
+    tuned = copy.deepcopy(network)
+    layers = [m for m in tuned.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        raise BatchNormError(
+            f"{_name(network)} has no batch-norm layer whose statistics could be re-estimated"
+        )
+    kept = [(m.momentum, m.running_mean, m.running_var, m.num_batches_tracked) for m in layers]
+    modes = {part: part.training for part in tuned.modules()}
+    tuned.eval()
+    for layer in layers:
+        layer.running_mean, layer.running_var = _zeros(layer), _zeros(layer)
+        layer.num_batches_tracked = torch.zeros((), dtype=torch.long)
+        layer.momentum = None  # the mean over all batches
+        layer.train()
+    with torch.no_grad():
+        for chunk in pixels.tensor_split(-(-len(pixels) // batch_size)):
+            tuned(chunk)
+    for layer, (momentum, mean, variance, counter) in zip(layers, kept, strict=True):
+        layer.running_mean = torch.lerp(_known(mean), _known(layer.running_mean), share)
+        layer.running_var = torch.lerp(_known(variance), _known(layer.running_var), share)
+        layer.momentum, layer.num_batches_tracked = momentum, counter
+    for part, training in modes.items():
+        part.training = training
+    return tuned
+
+
+class DomainNorm(nn.Module):
+    """A batch norm with one set of statistics a domain; scale and shift are shared.
+
+    It always uses stored statistics, in training too. Its state has the names of the layer that it
+    stands for, with `running_mean` and `running_var` of the shape (domains, channels). The first
+    one of a network also routes: to each picture the domain whose mean signature is nearest once
+    signatures are whitened by the covariance that the domains have in common (a linear
+    discriminant). Each picture is routed by itself, so that its answer does not depend on the batch
+    that it came in.
+
+    Attributes:
+        centroids: (domains, d), the mean of the signatures, d = 2 x channels.
+        covariances: (domains, d, d), of the signatures.
+        whitening: (d, d), from both.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    centroids: Tensor
+    covariances: Tensor
+    whitening: Tensor
+
+    def __init__(self, layer: _BatchNorm, domains: int, *, routes: bool) -> None:
+        super().__init__()
+        self.kind, self.momentum, self.eps = type(layer), layer.momentum, layer.eps
+        self.weight, self.bias = layer.weight, layer.bias
+        self.routes = routes
+        mean, variance = _known(layer.running_mean), _known(layer.running_var)
+        self.register_buffer("running_mean", mean.repeat(domains, 1))
+        self.register_buffer("running_var", variance.repeat(domains, 1))
+        if layer.num_batches_tracked is not None:
+            self.register_buffer("num_batches_tracked", layer.num_batches_tracked.clone())
+        if routes:
+            d = 2 * layer.num_features
+            self.register_buffer("centroids", torch.zeros(domains, d))
+            self.register_buffer("covariances", torch.eye(d).repeat(domains, 1, 1))
+            self.register_buffer("whitening", torch.eye(d))
+
+    @property
+    def domains(self) -> int:
+        """How many domains it has statistics for."""
+        return len(self.running_mean)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise (n, channels, …) by the statistics of each picture's domain."""
+        if self.routes:
+            _DOMAINS.set(self.nearest(self.signature(inputs)))
+        domain = _DOMAINS.get()
+        scale = (self.running_var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        offset = -self.running_mean * scale
+        if self.bias is not None:
+            offset = offset + self.bias
+        shape = (len(inputs), -1, *[1] * (inputs.ndim - 2))
+        return torch.addcmul(offset[domain].view(shape), inputs, scale[domain].view(shape))
+
+    def signature(self, inputs: Tensor) -> Tensor:
+        """Tell each picture's channel means and log standard deviations, (n, C, …) to (n, 2 x C).
+
+        The logarithm makes a change of contrast the same for all pictures; its floor keeps an empty
+        channel from having a say.
+        """
+        with torch.no_grad():
+            places = inputs.float().reshape(*inputs.shape[:2], -1)
+            floor = LOG_FLOOR * self.running_var[0].sqrt() + self.eps
+            return torch.cat([places.mean(2), (places.std(2, correction=0) + floor).log()], dim=1)
+
+    def nearest(self, signatures: Tensor) -> Tensor:
+        """Route signatures (n, d) to domains int64 (n,)."""
+        centroids = self.centroids @ self.whitening
+        return torch.cdist(signatures @ self.whitening, centroids).argmin(1)
+
+    def learn_route(self, signatures: Tensor) -> None:
+        """Append a domain with these signatures (n, d), or describe the first one."""
+        covariance = torch.cov(signatures.T, correction=0).unsqueeze(0)
+        first = not self.centroids.any()
+        self.centroids = _append(self.centroids, signatures.mean(0, keepdim=True), first)
+        self.covariances = _append(self.covariances, covariance, first)
+        pooled = self.covariances.double().mean(0)
+        spread = pooled.diagonal()
+        shrunk = (1 - SHRINKAGE) * pooled + torch.diag(SHRINKAGE * spread + 1e-6 * spread.mean())
+        values, vectors = torch.linalg.eigh(shrunk)
+        self.whitening = (vectors * values.clamp(min=1e-12).rsqrt()).float().contiguous()
+
+
+def with_domains(network: Body, domains: int) -> Body:
+    """Replace the batch norms of a network, in place, by ones with room for so many domains.
+
+    Every domain has the statistics that the network had, and the routing is empty: `open_bank` and
+    `load` fill both.
+    """
+    layers = [name for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
+    if not layers:
+        raise BatchNormError(f"{_name(network)} has no batch-norm layer to keep a bank of")
+    for place, name in enumerate(layers):
+        parent, _, attribute = name.rpartition(".")
+        layer = cast("_BatchNorm", network.get_submodule(name))
+        norm = DomainNorm(layer, domains, routes=place == 0).train(layer.training)
+        setattr(network.get_submodule(parent), attribute, norm)
+    return network
+
+
+def open_bank(network: Body, pixels: Tensor) -> Body:
+    """Return a copy with a bank of one domain: the network's own statistics.
+
+    Args:
+        network: takes `pixels`.
+        pixels: uint8 (n, C, H, W) of the world that the statistics come from, such as the
+            reference: its signatures are what later pictures are routed by.
+    """
+    bank = with_domains(copy.deepcopy(network), 1)
+    _router(bank).learn_route(_signatures(bank, pixels))
+    return bank
+
+
+def add_domain(bank: Body, pixels: Tensor, *, share: float = 1.0, like: int = 0) -> Body:
+    """Return a copy of a bank with one more domain, whose statistics these pictures give.
+
+    Args:
+        bank: what `open_bank` or `add_domain` returned.
+        pixels: uint8 (n, C, H, W), unlabelled pictures of the new domain and of no other.
+        share: of the new statistics; the rest is those of the domain `like`.
+        like: the domain to start from.
+    """
+    estimated = _norms(with_domains(reestimate(without_bank(bank, like), pixels, share=share), 1))
+    found = _signatures(bank, pixels)
+    grown = copy.deepcopy(bank)
+    for norm, new in zip(_norms(grown), estimated, strict=True):
+        norm.running_mean = torch.cat([norm.running_mean, new.running_mean])
+        norm.running_var = torch.cat([norm.running_var, new.running_var])
+    _router(grown).learn_route(found)
+    return grown
+
+
+def without_bank(bank: Body, domain: int = 0) -> Body:
+    """Return a copy with plain batch norms that hold the statistics of one domain."""
+    plain = copy.deepcopy(bank)
+    norms = [(name, m) for name, m in plain.named_modules() if isinstance(m, DomainNorm)]
+    if not norms:
+        raise BatchNormError(f"{_name(bank)} has no bank: open one with open_bank")
+    if not 0 <= domain < norms[0][1].domains:
+        raise BatchNormError(f"the bank has {norms[0][1].domains} domains, so no domain {domain}")
+    for name, norm in norms:
+        parent, _, attribute = name.rpartition(".")
+        channels = norm.running_mean.shape[1]
+        layer = norm.kind(channels, eps=norm.eps, momentum=norm.momentum, affine=False)
+        layer.weight, layer.bias, layer.affine = norm.weight, norm.bias, norm.weight is not None
+        layer.running_mean = norm.running_mean[domain].clone()
+        layer.running_var = norm.running_var[domain].clone()
+        layer.num_batches_tracked = getattr(norm, "num_batches_tracked", None)
+        setattr(plain.get_submodule(parent), attribute, layer.train(norm.training))
+    return plain
+
+
+def route(bank: nn.Module, pixels: Tensor, *, batch_size: int = 256) -> Tensor:
+    """Tell the domain that each picture is taken for, int64 (n,).
+
+    Two domains whose own pictures are routed home in little more than half of all cases are one.
+    """
+    return _router(bank).nearest(_signatures(bank, pixels, batch_size=batch_size))
+
+
+class _StemDoneError(Exception):
+    """Ends a pass after the stem: no more of it is wanted."""
+
+
+@contextmanager
+def _watched(router: DomainNorm, seen: list[Tensor]) -> Iterator[None]:
+    def watch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(router.signature(inputs[0]))
+        raise _StemDoneError
+
+    hook = router.register_forward_pre_hook(watch)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _signatures(bank: nn.Module, pixels: Tensor, *, batch_size: int = 256) -> Tensor:
+    if len(pixels) < 2:  # noqa: PLR2004 - one picture has no variance over pictures
+        raise BatchNormError(f"a domain needs at least 2 pictures, got {len(pixels)}")
+    seen: list[Tensor] = []
+    with torch.no_grad(), _watched(_router(bank), seen):
+        for chunk in pixels.split(batch_size):
+            try:
+                bank(chunk)
+            except _StemDoneError:
+                continue
+    return torch.cat(seen)
+
+
+def _norms(bank: nn.Module) -> list[DomainNorm]:
+    return [module for module in bank.modules() if isinstance(module, DomainNorm)]
+
+
+def _router(bank: nn.Module) -> DomainNorm:
+    norms = _norms(bank)
+    if not norms:
+        raise BatchNormError(f"{_name(bank)} has no bank: open one with open_bank")
+    return norms[0]
+
+
+def _append(known: Tensor, new: Tensor, first: bool) -> Tensor:
+    return new if first else torch.cat([known, new])
+
+
+def _zeros(layer: _BatchNorm) -> Tensor:
+    return torch.zeros_like(_known(layer.running_mean))
+
+
+def _known(statistic: Tensor | None) -> Tensor:
+    if statistic is None:
+        raise BatchNormError("a batch norm keeps no statistics: track_running_stats is off")
+    return statistic
+
+
+def _name(network: nn.Module) -> str:
+    config = getattr(network, "config", None)
+    return getattr(config, "architecture", type(network).__name__)

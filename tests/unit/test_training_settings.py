@@ -1,0 +1,115 @@
+"""The training settings, each by what it does to the weights."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sft.dataset import LabelledPictures
+from sft.models import ModelConfig, Network, build
+from sft.pictures import Preprocessing
+from sft.schedules import Optimiser, Schedule
+from sft.strategies import Strategy
+from sft.train import StopBy, TrainingError, TrainingSettings, fine_tune
+
+CONFIG = ModelConfig("small_cnn", ("a", "b", "c"), Preprocessing(8, channels=1), (0.4,), (0.3,))
+
+
+def network() -> Network:
+    return build(CONFIG)
+
+
+def pictures(n: int, seed: int = 0, prefix: str = "b") -> LabelledPictures:
+    """Noise whose brightness tells the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    noise = torch.randint(0, 90, (n, 1, 8, 8), generator=generator)
+    pixels = (noise + labels.view(-1, 1, 1, 1) * 60).to(torch.uint8)
+    return LabelledPictures(tuple(f"{prefix}/{i}" for i in range(n)), pixels, labels)
+
+
+def moved(before: Network, after: Network) -> set[str]:
+    """Names of the parameters that a tuning changed."""
+    return {
+        name
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }
+
+
+SHORT = TrainingSettings(epochs=2, batch_size=16, rehearsal=0, l2_sp=0, learning_rate=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "still"),
+    [
+        ({"strategy": Strategy.HEAD}, {"body.0", "body.3", "body.8"}),
+        ({"freeze_first": 1}, {"body.0"}),
+        ({"train_last": 1}, {"body.0", "body.3"}),
+        ({"strategy": Strategy.SURGICAL, "surgical_first": 1}, {"body.3", "body.8", "body.10"}),
+        ({"strategy": Strategy.TWO_STAGE}, set()),
+    ],
+)
+def test_only_what_may_move_moves(changes: dict[str, Any], still: set[str]) -> None:
+    """Frozen layers keep their bits; all the others change; afterwards everything may move."""
+    start = network()
+    tuned = fine_tune(start, pictures(64), replace(SHORT, **changes)).network
+    layers = {name.rsplit(".", 1)[0] for name in moved(start, tuned)}
+    assert layers == {"body.0", "body.3", "body.8", "body.10"} - still
+    assert all(value.requires_grad for value in tuned.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimiser": Optimiser.SGD}, {"optimiser": Optimiser.ADAM}, {"mixup": 0.4},
+        {"label_smoothing": 0.2}, {"dropout": 0.5}, {"balanced": True}, {"backbone_rate": 0.1},
+        {"schedule": Schedule.ONE_CYCLE}, {"schedule": Schedule.STEP, "step_epochs": 1},
+        {"schedule": Schedule.CONSTANT}, {"warmup": 0.5}, {"ewc": 10.0}, {"distillation": 1.0},
+        {"dark_experience": 1.0, "rehearsal": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_setting_changes_the_weights_and_only_by_the_seed(changes: dict[str, Any]) -> None:
+    """The result differs from the plain one, and is the same when it is made again."""
+    start, memory = network(), pictures(40, seed=3, prefix="old")
+    base = replace(SHORT, rehearsal=changes.get("rehearsal", 0.0))
+    plain = fine_tune(start, pictures(64), base, memory=memory).network
+    one, same = (
+        fine_tune(start, pictures(64), replace(base, **changes), memory=memory).network
+        for _ in range(2)
+    )
+    assert moved(plain, one)
+    assert not moved(one, same)
+
+
+def test_ewc_without_old_samples_is_refused() -> None:
+    """Its Fisher information needs some; the message says so."""
+    with pytest.raises(TrainingError, match="ewc needs old samples"):
+        fine_tune(network(), pictures(64), replace(SHORT, ewc=1.0))
+
+
+def test_a_strategy_without_its_layers_is_refused() -> None:
+    """A network without batch norm has nothing that `batch_norm` could move."""
+    with pytest.raises(TrainingError, match="no batch-norm layer"):
+        fine_tune(network(), pictures(64), replace(SHORT, strategy=Strategy.BATCH_NORM))
+
+
+def test_interpolation_keeps_what_validates_best() -> None:
+    """Wrong fresh labels, validated on right ones: the champion's own weights come back."""
+    champion = fine_tune(network(), pictures(200), replace(SHORT, epochs=6)).network
+    wrong = pictures(64, seed=2)
+    wrong = LabelledPictures(wrong.sample_ids, wrong.pixels, (wrong.labels + 1) % 3)
+    settings = replace(SHORT, epochs=1, interpolate=True)
+    tuned = fine_tune(champion, wrong, settings, validation=(pictures(100, seed=5),))
+    assert tuned.alpha == 0
+    assert not moved(champion, tuned.network)
+
+
+def test_stopping_by_accuracy_keeps_the_most_accurate_epoch() -> None:
+    """The best epoch is the one with the highest validation accuracy, the first of equals."""
+    settings = replace(SHORT, epochs=6, stop_by=StopBy.ACCURACY)
+    tuned = fine_tune(network(), pictures(200), settings, validation=(pictures(100, seed=5),))
+    accuracies = [epoch.validation_accuracy for epoch in tuned.epochs]
+    assert tuned.best_epoch == accuracies.index(max(accuracies)) + 1
