@@ -144,22 +144,3 @@ def mixup(
     partner = torch.randperm(len(pixels), generator=generator)
     blended = pixels.float().lerp(pixels[partner].float(), 1 - share).round().to(torch.uint8)
     return blended, targets.lerp(targets[partner], 1 - share)
-
-
-def shift(pixels: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Move each picture by its own random offset of at most `most` pixels, edges repeated.
-
-    Args:
-        pixels: uint8 (n, C, H, W).
-        most: pixels in each direction; 0 returns the pictures as they are.
-        generator: source of the offsets.
-    """
-    if most == 0:
-        return pixels
-    n, _, height, width = pixels.shape
-    offsets = torch.randint(-most, most + 1, (2, n), generator=generator)
-    rows = (torch.arange(height) + offsets[0][:, None]).clamp(0, height - 1)
-    columns = (torch.arange(width) + offsets[1][:, None]).clamp(0, width - 1)
-    sample = torch.arange(n)[:, None, None]
-    moved = pixels.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)

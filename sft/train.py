@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from sft.augment import Augmentation, augment, strengths
 from sft.averaging import choose_alpha
-from sft.dataset import LabelledPictures, batches, mixup, shift
+from sft.dataset import LabelledPictures, batches, mixup
 from sft.models import Network
 from sft.objectives import (
     EWC,
@@ -79,7 +81,8 @@ class TrainingSettings:
         balanced: each class is drawn equally often, with repetition.
         label_smoothing, mixup, dropout: against overfitting; `dropout` acts before the head.
         freeze_batch_norm: keep the champion's batch-norm statistics.
-        shift_pixels: augmentation: each picture moves by up to so many pixels.
+        shift_pixels, flip, crop, rotate, brightness, contrast, rare: augmentation of each picture;
+            see `sft.augment.Augmentation`.
         stop_by, patience: epochs without a better validation loss, or accuracy, before it stops.
         interpolate: mix the result with the champion, by the share that validates best.
         clip_norm: longest gradient.
@@ -116,6 +119,12 @@ class TrainingSettings:
     dropout: float = 0.0
     freeze_batch_norm: bool = True
     shift_pixels: int = 0
+    flip: bool = False
+    crop: float = 1.0
+    rotate: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    rare: float = 1.0
     stop_by: StopBy = StopBy.LOSS
     patience: int = 6
     interpolate: bool = False
@@ -132,7 +141,6 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in (
             "weight_decay", "l2_sp", "ewc", "distillation", "dark_experience", "mixup",
-            "shift_pixels",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -141,7 +149,20 @@ class TrainingSettings:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
                 )
-        _ = self.moves
+        _ = self.moves, self.augmentation
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How far pictures may be changed."""
+        return Augmentation(
+            shift_pixels=self.shift_pixels,
+            flip=self.flip,
+            crop=self.crop,
+            rotate=self.rotate,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            rare=self.rare,
+        )
 
     @property
     def moves(self) -> StrategySettings:
@@ -290,6 +311,13 @@ class _Job:
     weights: Tensor | None
     generator: torch.Generator
 
+    @cached_property
+    def counts(self) -> Tensor:
+        """Samples of each class to train on, int64 (classes,)."""
+        sets = [self.fresh, *([] if self.rehearsed is None else [self.rehearsed])]
+        labels = torch.cat([data.labels for data in sets])
+        return torch.bincount(labels, minlength=len(self.network.config.classes))
+
     @property
     def steps(self) -> int:
         """Batches in a pass."""
@@ -354,7 +382,8 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         generator=job.generator,
         balanced=settings.balanced,
     ):
-        seen = shift(pixels, settings.shift_pixels, job.generator)
+        strength = strengths(labels, job.counts, settings.rare)
+        seen = augment(pixels, settings.augmentation, job.generator, strength)
         classes = len(network.config.classes)
         targets = soft_targets(labels, classes, smoothing=settings.label_smoothing)
         seen, targets = mixup(seen, targets, settings.mixup, job.generator)

@@ -54,7 +54,9 @@ def package() -> Package:
     data = LabelledPictures(names, pixels, labels)
     memory = remember(data, CLASSES, [Role.HOLDOUT] * 24, "first")
     lineage = Lineage(None, "a test", {}, "none", "0")
-    return Package(network, build_reference(network, memory, max_regimes=8), memory, table(), lineage)
+    return Package(
+        network, build_reference(network, memory, max_regimes=8), memory, table(), lineage
+    )
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sft.dataset import LabelledPictures, Role, batches, join, role_of, shift
+from sft.dataset import LabelledPictures, Role, batches, join, role_of
 
 
 def pictures(n: int, *, first: int = 0, prefix: str = "b") -> LabelledPictures:
@@ -118,42 +118,6 @@ def test_a_share_near_one_still_learns() -> None:
     """At least one sample of a batch is fresh."""
     given = one_pass(pictures(3), pictures(100, first=100), batch_size=4, rehearsal=0.99)
     assert [int((labels < 100).sum()) for _, labels in given] == [1, 1, 1]
-
-
-def test_shift_moves_each_picture_by_its_own_offset() -> None:
-    """Every picture equals a hand-made move with repeated edges, and all offsets occur."""
-    pixels = torch.randint(
-        0, 256, (300, 3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    moved = shift(pixels, 2, torch.Generator().manual_seed(1))
-    assert moved.shape == pixels.shape
-    assert moved.dtype == torch.uint8
-
-    def by_hand(picture: Tensor, down: int, right: int) -> Tensor:
-        out = torch.empty_like(picture)
-        for y in range(5):
-            for x in range(7):
-                source_y, source_x = min(max(y + down, 0), 4), min(max(x + right, 0), 6)
-                out[:, y, x] = picture[:, source_y, source_x]
-        return out
-
-    seen = set()
-    offsets = [(down, right) for down in range(-2, 3) for right in range(-2, 3)]
-    for picture, got in zip(pixels[:60], moved[:60], strict=True):
-        fitting = [o for o in offsets if torch.equal(by_hand(picture, *o), got)]
-        assert len(fitting) == 1
-        seen.add(fitting[0])
-    assert len(seen) > 15
-    assert {down for down, _ in seen} == {right for _, right in seen} == {-2, -1, 0, 1, 2}
-
-
-def test_no_shift_returns_the_pictures_as_they_are() -> None:
-    """Zero pixels costs nothing and draws nothing from the generator."""
-    generator = torch.Generator().manual_seed(0)
-    state = generator.get_state()
-    pixels = pictures(3).pixels
-    assert shift(pixels, 0, generator) is pixels
-    assert torch.equal(generator.get_state(), state)
 
 
 def test_a_last_batch_of_one_joins_the_one_before() -> None:

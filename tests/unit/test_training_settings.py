@@ -67,7 +67,8 @@ def test_only_what_may_move_moves(changes: dict[str, Any], still: set[str]) -> N
         {"label_smoothing": 0.2}, {"dropout": 0.5}, {"balanced": True}, {"backbone_rate": 0.1},
         {"schedule": Schedule.ONE_CYCLE}, {"schedule": Schedule.STEP, "step_epochs": 1},
         {"schedule": Schedule.CONSTANT}, {"warmup": 0.5}, {"ewc": 10.0}, {"distillation": 1.0},
-        {"dark_experience": 1.0, "rehearsal": 0.5},
+        {"dark_experience": 1.0, "rehearsal": 0.5}, {"flip": True}, {"crop": 0.5},
+        {"shift_pixels": 1, "rare": 2.0},
     ],
     ids=str,
 )  # fmt: skip
