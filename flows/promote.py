@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -104,7 +105,9 @@ def judge_version(
         classes=classes,
         judged_before=_judged_before(registry, candidate, champion),
     )
-    _log_scores(registry, candidate, champion, {"fresh": on_fresh, "old": on_old}, classes)
+    pairs = {"fresh": on_fresh, "old": on_old}
+    _log_scores(registry, candidate, champion, pairs, classes)
+    _log_charts(registry, candidate, champion, pairs, fresh, classes)
     _record(registry, candidate, champion, verdict)
     return registry.version(candidate.number)
 
@@ -165,6 +168,26 @@ def _log_scores(
     }
     text = json.dumps({"classes": classes, **scores}, indent=2)
     registry.log_text(candidate.run_id, text, f"scores-against-{champion.number}.json")
+
+
+def _log_charts(
+    registry: Registry,
+    candidate: Version,
+    champion: Version,
+    pairs: Mapping[str, Pair],
+    fresh: LabelledPictures,
+    classes: Sequence[str],
+) -> None:
+    """Put the confusions before and after, and what is still wrong, on the training run."""
+    from flows.charts import draw_confusions, draw_still_wrong  # matplotlib takes a second
+
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        folder = Path(name)
+        draw_confusions(folder / f"confusion-against-{champion.number}.png", pairs, classes)
+        wrong = folder / f"still-wrong-against-{champion.number}.png"
+        draw_still_wrong(wrong, fresh.pixels, pairs["fresh"], classes)
+        for path in sorted(folder.iterdir()):
+            registry.log_file(candidate.run_id, path)
 
 
 def _judged_before(registry: Registry, candidate: Version, champion: Version) -> int:

@@ -1,0 +1,50 @@
+"""The charts beside a verdict are pictures, whatever the classes are called."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flows.charts import draw_confusions, draw_still_wrong
+from sft.evaluate import Answers
+from sft.gate import Pair
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def pair(n: int, classes: int, *, wrong: int) -> Pair:
+    labels = np.arange(n) % classes
+    predicted = labels.copy()
+    predicted[:wrong] = (predicted[:wrong] + 1) % classes
+    probabilities = np.eye(classes, dtype=np.float32)[predicted]
+    return Pair(Answers(labels, labels, probabilities), Answers(predicted, labels, probabilities))
+
+
+@pytest.mark.parametrize("classes", [2, 50])
+def test_confusions_of_both_versions(classes: int, tmp_path: Path) -> None:
+    """A PNG for both hold-outs, also when one is empty or a name looks like a formula."""
+    names = [f"$\\frac{{{i}}}$ <b>" for i in range(classes)]
+    pairs = {"fresh": pair(60, classes, wrong=7), "old": pair(0, classes, wrong=0)}
+    draw_confusions(tmp_path / "c.png", pairs, names)
+    assert min(size(tmp_path / "c.png")) > 300
+
+
+@pytest.mark.parametrize(("wrong", "channels"), [(1, 1), (40, 3)])
+def test_what_is_still_wrong(wrong: int, channels: int, tmp_path: Path) -> None:
+    """At most 24 pictures; grey and coloured ones."""
+    pixels = torch.zeros(60, channels, 8, 8, dtype=torch.uint8)
+    drawn = draw_still_wrong(tmp_path / "w.png", pixels, pair(60, 3, wrong=wrong), ["a", "$", "c"])
+    assert drawn == min(wrong, 24)
+    assert min(size(tmp_path / "w.png")) > 100
+
+
+def test_nothing_wrong_draws_nothing(tmp_path: Path) -> None:
+    """There is no empty picture."""
+    pixels = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
+    assert draw_still_wrong(tmp_path / "w.png", pixels, pair(6, 3, wrong=0), ["a", "b", "c"]) == 0
+    assert not (tmp_path / "w.png").exists()
