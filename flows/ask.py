@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flows.batches import read_batch
 from flows.feed import Batch
 from flows.fresh import FreshSet, Labels, labels_needed
-from flows.registry import CheckRecord, Registry, Version
+from flows.registry import CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
 from flows.storage import FeedError
 from monitoring.labelling import Request, choose, write_requests
@@ -42,9 +43,15 @@ def write_list(
     drifted = [r for r in finished if r.alarm and r.key.batch_id in here][-MAX_BATCHES:]
     if not drifted:
         return ()
+    tables = []
+    for record in drifted:
+        with suppress(RegistryError):  # its artifacts have expired
+            tables.append(registry.features(record))
+    if not tables:
+        return ()
     requests = choose(
         registry.reference(champion),
-        [registry.features(record) for record in drifted],
+        tables,
         settings.checks.labels_wanted or max(LEAST, labels_needed(fresh, settings) - len(fresh)),
         holdout=lambda name: role_of(name) is not Role.TRAIN,
         labelled=set(labels.table["sample_id"]),

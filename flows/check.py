@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from flows.batches import read_batch
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import BatchData, TooManyBad
-from flows.registry import CheckKey, CheckRecord, Registry, Version
+from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
 from flows.words import count
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
@@ -36,8 +37,8 @@ from monitoring.findings import findings
 from monitoring.policy import Action, Decision, Evidence
 from monitoring.reference import Reference
 from monitoring.sequential import Running, StreamEvidence, StreamState, bets, step
-from monitoring.slices import Slice, check_slices, joined, values_of
-from sft.dataset import Role
+from monitoring.slices import MAX_VALUES, Slice, check_slices, joined, values_of
+from sft.dataset import Role, role_of
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import thumbnail
@@ -45,6 +46,7 @@ from sft.pictures import thumbnail
 POOLED = "pooled"
 """The action of a batch that was too small by itself: it is tested with the following ones."""
 FAILED = "failed"
+NEARLY_ALL = 0.9
 MAX_PAST = 200
 """Earlier checks that a report draws."""
 
@@ -135,6 +137,31 @@ class Checked:
     run_id: str
 
 
+class Decides(Protocol):
+    """What decides on a check's evidence; `flows.decisions.Decider`."""
+
+    @property
+    def name(self) -> str:
+        """Names the fresh labels that it knows of: with others, decisions are made again."""
+        ...
+
+    def decide(self, evidence: Evidence) -> Decision:
+        """Turn what a check measured into one action."""
+        ...
+
+
+def stamp_of(batch: Batch, settings: Settings) -> str:
+    """Name the state of a batch and of the settings that a check may fail by."""
+    stated = [asdict(part) for part in (settings.feed, settings.detection, settings.checks)]
+    encoded = json.dumps(stated, sort_keys=True, default=str).encode()
+    return f"{batch.stamp}-{hashlib.sha256(encoded).hexdigest()[:8]}"
+
+
+def is_tested(record: CheckRecord) -> bool:
+    """Whether a check tested something: no batch that waits, none that was all known."""
+    return "drift.p_value" in record.metrics
+
+
 def load_champion(registry: Registry, champion: Version) -> Against:
     """Load all that checks against the champion need."""
     learned = registry.learned(champion)
@@ -152,17 +179,16 @@ def check(
     against: Against,
     batch: Batch,
     past: Past,
-    decide: Callable[[Evidence], Decision],
-    fresh: str,
+    decider: Decides,
 ) -> Checked:
     """Check one batch and put it on record: features, detection, estimate, decision, report.
 
-    A batch that cannot be read is recorded as failed and tried again when it changes. `fresh` names
-    the fresh labels that `decide` knows of: with others the decision is made again.
+    A batch that cannot be read or tested is recorded as failed, and tried again when it changes or
+    the settings do.
     """
     champion = against.version
     key = CheckKey(champion.number, batch.id, batch.digest)
-    run_id = registry.begin_check(key, batch.stamp)
+    run_id = registry.begin_check(key, stamp_of(batch, settings))
     try:
         preprocessing = against.network.config.preprocessing
         read = read_batch(batch, settings.feed, settings.root, preprocessing)
@@ -173,10 +199,11 @@ def check(
         reason = "The champion learned from every sample of the batch, or has it in its reference."
         return _without_test(registry, batch, champion, run_id, Action.NONE.value, reason, 0)
     own = _features(against.network, read, places)
-    if waiting := past.waiting:
-        tested = concatenate([*(registry.features(record) for record in waiting), own])
-    else:
-        tested = own
+    try:
+        own.require_finite("batch")
+    except ValueError as error:
+        return _fail(registry, batch, champion, run_id, str(error))
+    waiting, tested, lost = _with_waiting(registry, past, batch, own)
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
         folder = Path(name)
         own.save(folder / "features.parquet")
@@ -193,10 +220,12 @@ def check(
             _log_files(registry, run_id, folder)
             return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
         try:
-            measured = measure(settings, against.reference, tested, past, _pooled_words(waiting))
-        except ValueError as error:  # too small a reference for alpha, or features not finite
+            measured = measure(
+                settings, against.reference, tested, past, (*_pooled_words(waiting), *lost)
+            )
+        except ValueError as error:  # such as a reference that is too small for alpha
             return _fail(registry, batch, champion, run_id, str(error))
-        decision = decide(_evidence_of(batch, measured, settings))
+        decision = decider.decide(_evidence_of(batch, measured, settings))
         _write_report(
             folder / "report.html",
             registry,
@@ -219,7 +248,7 @@ def check(
             "sustain.reason": decision.reason,
             "sustain.regime": measured.detection.regime,
             "sustain.stream": measured.evidence.to_json(),
-            "sustain.fresh": fresh,
+            "sustain.fresh": decider.name,
             "sustain.notes": "; ".join(measured.notes)[:4000],
             "mlflow.note.content": decision.reason,
         },
@@ -281,6 +310,7 @@ def stream_words(state: StreamState, settings: Settings) -> str:
 def evidence_on_record(record: CheckRecord, settings: Settings) -> Evidence:
     """Read what a check found, with the labels that came since."""
     metrics = record.metrics
+    settled_n = int(metrics.get("accuracy.settled_n", 0))  # 0 again once labels are withdrawn
     return Evidence(
         batch_id=record.key.batch_id,
         alarm=record.alarm,
@@ -288,46 +318,70 @@ def evidence_on_record(record: CheckRecord, settings: Settings) -> Evidence:
         alpha=metrics["drift.alpha"],
         estimated=metrics["accuracy.estimated"],
         reference=metrics["accuracy.reference"],
-        settled=metrics.get("accuracy.settled"),
-        settled_n=int(metrics.get("accuracy.settled_n", 0)),
-        settled_high=metrics.get("accuracy.settled_high"),
+        settled=metrics.get("accuracy.settled") if settled_n else None,
+        settled_n=settled_n,
+        settled_high=metrics.get("accuracy.settled_high") if settled_n else None,
         novelty=metrics["accuracy.novelty"],
         believable=metrics["accuracy.believable"] > 0,
         stream=_stream_short(settings),
     )
 
 
-def settle_check(registry: Registry, record: CheckRecord, labels: Labels) -> float | None:
-    """Compare a check's predictions with the labels that came; return the true accuracy."""
-    features = registry.features(record)
+def settle_check(
+    registry: Registry, record: CheckRecord, labels: Labels, *, asked: bool
+) -> float | None:
+    """Compare a check's predictions with the labels that came; return the true accuracy.
+
+    Args:
+        registry: of the model.
+        record: the check.
+        labels: all labels.
+        asked: a list of wanted labels was written: see `representative`.
+    """
     batch_labels = labels.of_batch(record.key.batch_id)
+    digest = {"sustain.settled": labels_digest(batch_labels)}
+    try:
+        features = registry.features(record)
+    except RegistryError:  # its artifacts have expired: nothing can be settled any more
+        registry.log(record.run_id, tags=digest)
+        return None
     classes = registry.config(registry.version(record.key.champion)).classes
     index = {name: place for place, name in enumerate(classes)}
-    rows = [i for i, name in enumerate(features.sample_ids) if name in batch_labels]
+    counted = representative(features.sample_ids, batch_labels) if asked else batch_labels
+    rows = [i for i, name in enumerate(features.sample_ids) if name in counted]
     # a class that the champion does not know is answered wrongly, whatever the answer
     truth = [index.get(batch_labels[features.sample_ids[i]], len(classes)) for i in rows]
-    accuracy = None
+    accuracy, metrics = None, {"accuracy.settled_n": 0.0}
     if rows:
         answers = np.asarray(truth, dtype=np.int64)
-        result = settle(
-            record.metrics.get("accuracy.estimated", float("nan")),
-            features.predicted[rows],
-            answers,
-        )
+        estimated = record.metrics.get("accuracy.estimated", float("nan"))
+        result = settle(estimated, features.predicted[rows], answers)
         accuracy = result.accuracy
-        registry.log(
-            record.run_id,
-            metrics={
-                "accuracy.settled": result.accuracy,
-                "accuracy.settled_low": result.low,
-                "accuracy.settled_high": result.high,
-                "accuracy.settled_n": float(result.n),
-                "accuracy.estimate_error": result.error,
-                **_settled_slices(registry.settings, features.take(rows), answers),
-            },
-        )
-    registry.log(record.run_id, tags={"sustain.settled": labels_digest(batch_labels)})
+        metrics = {
+            "accuracy.settled": result.accuracy,
+            "accuracy.settled_low": result.low,
+            "accuracy.settled_high": result.high,
+            "accuracy.settled_n": float(result.n),
+            "accuracy.estimate_error": result.error,
+            **_settled_slices(registry.settings, features.take(rows), answers),
+        }
+    registry.log(record.run_id, metrics=metrics)
+    registry.log(record.run_id, tags=digest)
     return accuracy
+
+
+def representative(sample_ids: Sequence[str], labels: Mapping[str, str]) -> set[str]:
+    """Name the labelled samples that stand for their batch although some labels were asked for.
+
+    The list chooses what to learn from by how new it looks, and draws what to judge on at random:
+    accuracy on the first is not the batch's. So only the second count, unless nearly all samples
+    that may be learned from have a label.
+    """
+    training = [name for name in sample_ids if role_of(name) is Role.TRAIN]
+    told = [name for name in training if name in labels]
+    if len(told) >= NEARLY_ALL * len(training):
+        return set(labels)
+    return set(labels) - set(training)
 
 
 def labels_digest(labels: Mapping[str, str]) -> str:
@@ -342,7 +396,7 @@ def estimate_track(records: Sequence[CheckRecord]) -> Track:
         [
             (r.metrics["accuracy.estimate_error"], int(r.metrics["accuracy.settled_n"]))
             for r in records
-            if "accuracy.estimate_error" in r.metrics
+            if "accuracy.estimate_error" in r.metrics and r.metrics["accuracy.settled_n"] > 0
         ]
     )
 
@@ -359,6 +413,22 @@ def _features(network: Network, read: BatchData, places: Sequence[int]) -> Featu
         sizes=[sizes[i] for i in places],
         metadata=read.metadata.iloc[list(places)].reset_index(drop=True),
     )
+
+
+def _with_waiting(
+    registry: Registry, past: Past, batch: Batch, own: FeatureTable
+) -> tuple[list[CheckRecord], FeatureTable, tuple[str, ...]]:
+    """Put a batch together with those that wait; say which of them are lost."""
+    waiting, tables, lost = [], [], []
+    for record in past.waiting:
+        if record.key.batch_id == batch.id:  # it has grown: its older self does not count twice
+            continue
+        try:
+            tables.append(registry.features(record))
+            waiting.append(record)
+        except RegistryError:
+            lost.append(f"the features of {record.key.batch_id}, which waited, are gone")
+    return waiting, (concatenate([*tables, own]) if tables else own), tuple(lost)
 
 
 def _stream_short(settings: Settings) -> str:
@@ -394,20 +464,25 @@ def _settled_slices(
     features: FeatureTable,
     truth: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
 ) -> dict[str, float]:
-    """Give the true accuracy of each slice; a metric's name allows few characters."""
+    """Give the true accuracy of each slice."""
     found = {}
     right = features.predicted == truth
     for column in settings.checks.slices:
         if column in features.metadata.columns:
             told = values_of(features, column)
-            for value in told.dropna().unique():
-                name = "".join(
-                    c if c.isalnum() or c in "_-. " else "_" for c in f"{column} {value}"
-                )
-                found[f"slice.{name[:150]}.settled"] = float(
-                    right[(told == value).to_numpy()].mean()
-                )
+            for value in told.value_counts().index[:MAX_VALUES]:
+                of_slice = right[(told == value).to_numpy()]
+                found[f"slice.{_metric_name(column, value)}.settled"] = float(of_slice.mean())
     return found
+
+
+def _metric_name(column: str, value: str) -> str:
+    """Write a slice in the few characters that a metric's name may have."""
+    wanted = f"{column} {value}"
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-. ") else "_" for c in wanted)[:150]
+    if name == wanted:
+        return name
+    return f"{name} {hashlib.sha256(wanted.encode()).hexdigest()[:6]}"
 
 
 def _metrics(measured: Measured, samples: int, quarantined: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ParamSpec
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from flows.check import Checked
@@ -215,7 +216,8 @@ def status(settings_file: Path) -> None:
     for check in checks[-10:]:
         metrics = check.metrics
         true = metrics.get("accuracy.settled")
-        table.add_row(
+        _add_row(
+            table,
             check.key.batch_id,
             _figure(metrics.get("drift.p_value"), ".2g"),
             _evidence(metrics),
@@ -273,7 +275,8 @@ def version_table(registry: Registry) -> Table:
     for version in registry.versions():
         tags = version.tags
         mark = " ← champion" if version.number == champion else ""
-        table.add_row(
+        _add_row(
+            table,
             f"{version.number}{mark}",
             str(version.parent or ""),
             version.verdict or "not judged",
@@ -297,7 +300,7 @@ def show_watched(watched: Watched) -> None:
         for column in ("batch", "samples", "p-value", "accuracy, estimated", "regime", "decision"):
             table.add_column(column)
         for checked in watched.checked:
-            table.add_row(*_row(checked))
+            _add_row(table, *_row(checked))
         console.print(table)
         for checked in watched.checked:
             if checked.action != "none":
@@ -309,6 +312,11 @@ def show_watched(watched: Watched) -> None:
     console.print(f"decision: {watched.decision.action}: {watched.decision.reason}", markup=False)
     if watched.done:
         console.print(watched.done, markup=False)
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Add a row whose cells are shown as they are: a batch may be called [red]."""
+    table.add_row(*map(Text, cells))
 
 
 def _row(checked: Checked) -> list[str]:
@@ -340,6 +348,8 @@ def _figure(value: float | None, form: str) -> str:
 
 def _idle(plan: Plan) -> str:
     batches = f"{len(plan.batches)} batches are checked" if plan.batches else "the feed is empty"
+    if plan.failed:
+        batches += f" ({plan.failed} of them failed: see `sustain status`)"
     return (
         f"nothing to do: {batches} against version {plan.champion.number}, and no labels came"
         f" ({len(plan.fresh)} are fresh)"

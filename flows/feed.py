@@ -20,6 +20,7 @@ from flows.storage import (
     visible,
     walk,
 )
+from flows.words import printable
 from sft.pictures import MAX_PIXELS
 
 
@@ -108,7 +109,8 @@ def list_batches(settings: FeedSettings, root: Path) -> list[Batch]:
         elif entry.kind == "folder" or is_linked_folder(entry):
             folders.setdefault(batch_id, {})
     batches = [
-        describe(place.child(batch_id), batch_id, entries)
+        # a name that is not UTF-8 could be written nowhere: its escapes name the batch
+        describe(place.child(batch_id), printable(batch_id), entries)
         for batch_id, entries in folders.items()
         if not batch_id.startswith((".", "_"))
         and not is_unfinished(batch_id)

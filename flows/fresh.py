@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import ceil
 
 import numpy as np
@@ -32,8 +33,14 @@ class Labels:
 
     def of_batch(self, batch_id: str) -> dict[str, str]:
         """Return sample id to label for one batch."""
-        rows = self.table[self.table["sample_id"].str.startswith(f"{batch_id}/")]
-        return dict(zip(rows["sample_id"], rows["label"], strict=True))
+        return self._by_batch.get(batch_id, {})
+
+    @cached_property
+    def _by_batch(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for name, label in zip(self.table["sample_id"], self.table["label"], strict=True):
+            found.setdefault(name.split("/", 1)[0], {})[name] = label
+        return found
 
 
 @dataclass(frozen=True)

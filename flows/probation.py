@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import torch
 
 from flows.batches import read_batch
-from flows.feed import Batch
+from flows.check import representative
+from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
+from flows.intake import TooManyBad
 from flows.registry import CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
-from flows.storage import FeedError
+from monitoring.features import extract
 from monitoring.probation import Comparison, compare_counts
 
 
@@ -40,32 +42,40 @@ def answer_with_before(
     batch: Batch,
     record: CheckRecord,
     labels: Labels,
+    *,
+    asked: bool,
 ) -> None:
     """Let the version before answer a check's labelled samples, and count who had which right.
 
-    Samples that the champion learned from or was judged on are left out: they would favour it.
+    Samples that either learned from or was judged on are left out: they would favour it; and so are
+    those that were chosen for a list (see `flows.check.representative`).
+
+    Raises:
+        FeedError: the storage failed.
     """
-    learned = set(registry.learned(champion)["sample_id"])
-    features = registry.features(record)
+    learned = {*registry.learned(champion)["sample_id"], *registry.learned(before)["sample_id"]}
     told = labels.of_batch(record.key.batch_id)
-    wanted = {name for name in features.sample_ids if name in told and name not in learned}
-    if not wanted:
-        return
-    network = registry.network(before)
+    try:
+        features, network = registry.features(record), registry.network(before)
+    except RegistryError:
+        return  # what is gone cannot be compared; nothing comes back by itself then
+    counted = representative(features.sample_ids, told) if asked else set(told)
+    wanted = counted.intersection(features.sample_ids) - learned
     try:
         read = read_batch(
             batch, settings.feed, settings.root, network.config.preprocessing, only=wanted
         )
-    except FeedError:
+    except (BatchNotReady, TooManyBad):
         return  # the batch has gone; the counts that are there stay
     names = list(read.samples["sample_id"])
     if not names:
+        registry.log(record.run_id, metrics={"before.n": 0.0})
         return
     classes = registry.config(champion).classes
     answers = dict(zip(features.sample_ids, features.predicted, strict=True))
     pixels = torch.stack([picture.pixels for picture in read.pictures])
-    _, probabilities = network.embed(pixels)
-    theirs = [network.config.classes[place] for place in probabilities.argmax(dim=1).tolist()]
+    seen = extract(network, names, pixels)
+    theirs = [network.config.classes[place] for place in seen.predicted]
     now = [classes[answers[name]] == told[name] for name in names]
     then = [said == told[name] for said, name in zip(theirs, names, strict=True)]
     pairs = list(zip(now, then, strict=True))
@@ -84,7 +94,12 @@ def answer_with_before(
 
 def compare(before: Version, records: Sequence[CheckRecord]) -> Comparison | None:
     """Sum up what the checks against the champion say of it and the version before."""
-    asked = [r.metrics for r in records if r.metrics.get("before.version") == before.number]
+    newest = {record.key.batch_id: record.metrics for record in records}  # of one that grew
+    asked = [
+        metrics
+        for metrics in newest.values()
+        if metrics.get("before.version") == before.number and metrics["before.n"] > 0
+    ]
     if not asked:
         return None
     totals = {

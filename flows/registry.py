@@ -100,6 +100,7 @@ class CheckRecord:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     started: datetime
+    ended: datetime
 
     @property
     def alarm(self) -> bool:
@@ -418,7 +419,7 @@ class Registry:
     # ---- checks and training runs
 
     def checks(self, champion: int) -> list[CheckRecord]:
-        """List the ended checks against a champion, oldest first, one for each key.
+        """List the ended checks against a champion, one for each key, in the order of their ends.
 
         Of several, the first that finished counts; if none did, the last that failed.
         """
@@ -429,7 +430,7 @@ class Registry:
                 known = records.get((record.key.batch_id, record.key.digest))
                 if known is None or not known.finished:
                     records[record.key.batch_id, record.key.digest] = record
-        return sorted(records.values(), key=lambda record: record.started)
+        return sorted(records.values(), key=lambda record: (record.ended, record.run_id))
 
     def check_record(self, run_id: str) -> CheckRecord:
         """Read one check again."""
@@ -520,12 +521,18 @@ class Registry:
         self.client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
 
     def features(self, check: CheckRecord) -> FeatureTable:
-        """Load the feature table that a check kept."""
-        path = self.client.download_artifacts(check.run_id, "features.parquet", str(self._folder))
+        """Load the feature table that a check kept; RegistryError when it is gone or damaged."""
+        name, target = "features.parquet", str(self._folder)
         try:
-            return FeatureTable.load(Path(path))
-        finally:
-            Path(path).unlink(missing_ok=True)
+            path = Path(self.client.download_artifacts(check.run_id, name, target))
+            try:
+                return FeatureTable.load(path)
+            finally:
+                path.unlink(missing_ok=True)
+        except (MlflowException, OSError, ValueError, KeyError) as error:
+            raise RegistryError(
+                f"the features of the check of {check.key.batch_id} cannot be read: {error}"
+            ) from error
 
     def run_url(self, run_id: str, *, artifact: str = "") -> str:
         """Return the address of a run in MLflow's UI."""
@@ -629,11 +636,11 @@ class Registry:
         return str(run.info.run_id)
 
     def _open_runs(self, kind: str) -> list[Run]:
-        return [run for run in self._runs(kind, {}) if run.info.status == "RUNNING"]
+        return list(self._runs(kind, {}, "attributes.status = 'RUNNING'"))
 
-    def _runs(self, kind: str, tags: Mapping[str, str]) -> Iterator[Run]:
+    def _runs(self, kind: str, tags: Mapping[str, str], *also: str) -> Iterator[Run]:
         wanted = {"sustain.kind": kind, **tags}
-        query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items())
+        query = " and ".join([*(f"tags.`{k}` = '{v}'" for k, v in wanted.items()), *also])
         token: str | None = None
         while True:
             page = self.client.search_runs(
@@ -671,6 +678,7 @@ def _check_record(run: Run) -> CheckRecord:
         tags=tags,
         metrics=run.data.metrics,
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        ended=datetime.fromtimestamp((run.info.end_time or run.info.start_time) / 1000, UTC),
     )
 
 

@@ -8,14 +8,13 @@ is finished, and a decision to retrain stands until a version with its key is ju
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 from uuid import NAMESPACE_OID, uuid5
 
-import pandas as pd
 from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
@@ -30,18 +29,18 @@ from flows.check import (
     Checked,
     Past,
     check,
-    evidence_on_record,
     labels_digest,
     load_champion,
     settle_check,
+    stamp_of,
 )
+from flows.decisions import UNTRAINABLE, Decider, read_history
 from flows.feed import Batch, list_batches
 from flows.fresh import (
     FreshSet,
     Labels,
     fresh_set,
     gather_labels,
-    labels_needed,
     retrain_key,
 )
 from flows.probation import answer_with_before, compare, version_before
@@ -53,14 +52,9 @@ from flows.storage import FeedError
 from monitoring.policy import (
     Action,
     Decision,
-    Evidence,
-    FreshLabels,
-    History,
-    decide,
     decide_rollback,
     on_probation,
 )
-from sft.gate import Outcome
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,11 @@ class Plan:
         pending: those without a finished check against the champion, oldest first.
         unsettled: checks whose batch has other labels than when they were last settled.
         finished: the checks against the champion, oldest first.
+        failed: how many batches could not be checked, and have not changed since.
         asking: the newest check that asks for labels, if its list is not written yet.
         standing: the newest check that found damage, if it stands to be decided again.
-        labels, fresh: all labels, and those that the champion has not learned from.
-        history: what happened before, as the policy wants it.
+        labels: all labels.
+        decider: decides, by the fresh labels and by what happened before.
     """
 
     champion: Version
@@ -86,11 +81,16 @@ class Plan:
     pending: tuple[Batch, ...]
     unsettled: tuple[CheckRecord, ...]
     finished: tuple[CheckRecord, ...]
+    failed: int
     asking: CheckRecord | None
     standing: CheckRecord | None
     labels: Labels
-    fresh: FreshSet
-    history: History
+    decider: Decider
+
+    @property
+    def fresh(self) -> FreshSet:
+        """The labels that the champion has not learned from."""
+        return self.decider.fresh
 
     @property
     def idle(self) -> bool:
@@ -131,18 +131,22 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     checks = registry.checks(champion.number)
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
+    stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
     labels = gather_labels(settings, batches, config.classes)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
     finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
     present = [c for c in finished if (c.key.batch_id, c.key.digest) in here]
-    history = _history(registry, settings, champion, fresh, finished)
+    history = read_history(registry, settings, champion, fresh, batches, finished)
+    decider = Decider(settings, fresh, history, now)
     return Plan(
         champion=champion,
         moved=registry.unobserved_move(),
         batches=tuple(batches),
         pending=tuple(
-            b for b in batches if (b.id, b.digest) not in done and (b.id, b.stamp) not in failed
+            b
+            for b in batches
+            if (b.id, b.digest) not in done and (b.id, stamps[b.id]) not in failed
         ),
         unsettled=tuple(
             c
@@ -150,11 +154,11 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
             if labels_digest(labels.of_batch(c.key.batch_id)) != c.tags.get("sustain.settled", "")
         ),
         finished=tuple(finished),
-        asking=_asking(present, fresh),
-        standing=_standing(settings, present, fresh, history, now),
+        failed=sum((b.id, stamps[b.id]) in failed for b in batches),
+        asking=decider.asking(present),
+        standing=decider.standing(present),
         labels=labels,
-        fresh=fresh,
-        history=history,
+        decider=decider,
     )
 
 
@@ -167,7 +171,7 @@ def watch(settings_path: str) -> Watched:
     move = registry.observe_moves(now)
     plan = make_plan(registry, settings, now)
     champion = plan.champion
-    checked, unread = check_all(registry, settings, plan, now) if plan.pending else ((), ())
+    checked, unread = check_all(registry, settings, plan) if plan.pending else ((), ())
 
     if checked:  # labels that came with their batch, and new damage, count from here on
         plan = make_plan(registry, settings, now)
@@ -199,15 +203,17 @@ def _act(
     standing = plan.standing
     if standing is None:
         return (decision if plan.asking is None else _on_record(plan.asking)), ""
-    evidence = evidence_on_record(standing, settings)
-    decision = _decide(settings, evidence, plan.fresh, plan.history, now)
-    _record_decision(registry, standing.run_id, decision, plan.fresh)
+    decision = plan.decider.on_record(standing)
+    _record_decision(registry, standing.run_id, decision, plan.decider.name)
     if decision.action is not Action.RETRAIN:
         return decision, ""
     try:
         return decision, start_retraining(settings, plan.champion, plan.fresh, standing, decision)
-    except RetrainError as error:
-        return decision, f"nothing was retrained: {error}"
+    except RetrainError as error:  # the same labels would be refused again: more are needed
+        refused = Decision(Action.ASK_FOR_LABELS, f"{decision.reason} Nothing was trained: {error}")
+        _record_decision(registry, standing.run_id, refused, plan.decider.name)
+        registry.log(standing.run_id, tags={UNTRAINABLE: plan.decider.name})
+        return refused, ""
 
 
 def list_wanted_labels(
@@ -228,7 +234,7 @@ def list_wanted_labels(
         )
         for path in sorted(folder.iterdir()):
             registry.log_file(asking.run_id, path)
-    registry.log(asking.run_id, tags={"sustain.requested": plan.fresh.digest[:16]})
+    registry.log(asking.run_id, tags={"sustain.requested": plan.decider.name})
     if not wanted:
         return ""
     return (
@@ -238,7 +244,7 @@ def list_wanted_labels(
 
 
 def check_all(
-    registry: Registry, settings: Settings, plan: Plan, now: datetime
+    registry: Registry, settings: Settings, plan: Plan
 ) -> tuple[tuple[Checked, ...], tuple[str, ...]]:
     """Check every pending batch, oldest first, with the champion loaded once.
 
@@ -250,16 +256,11 @@ def check_all(
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
-    def decided(evidence: Evidence) -> Decision:
-        return _decide(settings, evidence, plan.fresh, plan.history, now)
-
     with Progress(transient=True) as progress:
         for batch in progress.track(plan.pending, description="checking"):
             one = check.with_options(task_run_name=f"check {batch.id}")
             try:
-                done = one(
-                    registry, settings, against, batch, past, decided, plan.fresh.digest[:16]
-                )
+                done = one(registry, settings, against, batch, past, plan.decider)
             except FeedError as error:
                 unread.append(f"batch {batch.id} was not checked: {error}")
                 continue
@@ -279,16 +280,27 @@ def settle_all(
     """
     settled = {}
     before = None
-    if plan.unsettled and on_probation(plan.history, now, settings.policy):
+    if plan.unsettled and on_probation(plan.decider.history, now, settings.policy):
         before = version_before(registry, plan.champion)
     by_id = {batch.id: batch for batch in plan.batches}
+    asked = any("sustain.requested" in record.tags for record in plan.finished)
     for record in plan.unsettled:
         if before is not None:  # first: a check counts as settled by what follows
             batch = by_id[record.key.batch_id]
-            answer_with_before(
-                registry, settings, plan.champion, before, batch, record, plan.labels
-            )
-        accuracy = settle_check(registry, record, plan.labels)
+            try:
+                answer_with_before(
+                    registry,
+                    settings,
+                    plan.champion,
+                    before,
+                    batch,
+                    record,
+                    plan.labels,
+                    asked=asked,
+                )
+            except FeedError:  # the storage failed: settled by the next run
+                continue
+        accuracy = settle_check(registry, record, plan.labels, asked=asked)
         if accuracy is not None:
             settled[record.key.batch_id] = accuracy
     return settled
@@ -298,16 +310,19 @@ def _end_probation(
     registry: Registry, settings: Settings, plan: Plan, now: datetime
 ) -> tuple[Decision, str] | None:
     """Roll back if labels show that the version before is better; return why, and what was done."""
-    if not on_probation(plan.history, now, settings.policy):
+    if not on_probation(plan.decider.history, now, settings.policy):
         return None
     before = version_before(registry, plan.champion)
     compared = None if before is None else compare(before, plan.finished)
     if before is None or compared is None:
         return None
-    decision = decide_rollback(compared, plan.history, now, settings.policy)
+    decision = decide_rollback(compared, plan.decider.history, now, settings.policy)
     if decision is None:
         return None
-    return decision, rollback(str(settings.path), to=before.number, why=decision.reason).words
+    try:
+        return decision, rollback(str(settings.path), to=before.number, why=decision.reason).words
+    except RegistryError as error:
+        return decision, f"version {before.number} did not come back: {error}"
 
 
 def start_retraining(
@@ -364,120 +379,17 @@ def _deployed(name: str) -> bool:
         return True
 
 
-def _standing(
-    settings: Settings,
-    finished: list[CheckRecord],
-    fresh: FreshSet,
-    history: History,
-    now: datetime,
-) -> CheckRecord | None:
-    """Return the newest check that calls for a retraining, else the newest to be decided anew.
-
-    Those are the alarms, and the newest check of all, which a schedule or labels may make act. Of
-    those that ask for labels only the newest is told anew when labels come.
-    """
-    if finished and not finished[-1].alarm:
-        newest = finished[-1]
-        decision = _decide(settings, evidence_on_record(newest, settings), fresh, history, now)
-        changed = decision.action.value != newest.action
-        if decision.action is Action.RETRAIN or (changed and not _quiet(newest, decision)):
-            return newest
-    alarms = [record for record in reversed(finished) if record.alarm]
-    decisions = [
-        _decide(settings, evidence_on_record(record, settings), fresh, history, now)
-        for record in alarms
-    ]
-    for record, decision in zip(alarms, decisions, strict=True):
-        if decision.action is Action.RETRAIN:
-            return record
-    for record, decision in zip(alarms, decisions, strict=True):
-        if decision.action is not Action.WATCH or record.action != Action.WATCH.value:
-            stale = record.tags.get("sustain.fresh") != fresh.digest[:16]
-            return record if stale or decision.action.value != record.action else None
-    return None
-
-
-def _asking(finished: list[CheckRecord], fresh: FreshSet) -> CheckRecord | None:
-    asking = [r for r in finished if r.alarm and r.action == Action.ASK_FOR_LABELS.value]
-    if not asking or asking[-1].tags.get("sustain.requested") == fresh.digest[:16]:
-        return None
-    return asking[-1]
-
-
 def _on_record(record: CheckRecord) -> Decision:
     return Decision(Action(record.action), record.reason)
 
 
-def _quiet(record: CheckRecord, decision: Decision) -> bool:
-    """Whether nothing is asked for, neither then nor now."""
-    quiet = {Action.NONE.value, Action.WATCH.value}
-    return {record.action, decision.action.value} <= quiet
-
-
-def _decide(
-    settings: Settings, evidence: Evidence, fresh: FreshSet, history: History, now: datetime
-) -> Decision:
-    policy = replace(settings.policy, min_labels=labels_needed(fresh, settings))
-    return decide(evidence, FreshLabels(n=len(fresh), classes=fresh.classes), history, now, policy)
-
-
-def _history(
-    registry: Registry,
-    settings: Settings,
-    champion: Version,
-    fresh: FreshSet,
-    finished: Sequence[CheckRecord],
-) -> History:
-    versions = registry.versions()
-    children = [v for v in versions if v.parent == champion.number]
-    trained = [v for v in versions if v.parent is not None]
-    last = max((v.created for v in children), default=None)
-    since = [c for c in finished if last is None or c.started > last]
-    return History(
-        last_promotion=_latest(champion.tags.get("promoted_at")),
-        last_rollback=_latest(*(v.tags.get("rolled_back_at") for v in versions)),
-        last_training=last,
-        remade=_remade(registry, settings, children, fresh),
-        trainings=tuple(v.created for v in trained),
-        last_training_seconds=registry.training_seconds(trained[-1]) if trained else None,
-        batches_since_training=len(since),
-        samples_since_training=int(sum(c.metrics["batch.samples"] for c in since)),
-    )
-
-
-def _remade(
-    registry: Registry, settings: Settings, children: Sequence[Version], fresh: FreshSet
-) -> str | None:
-    """Say what became of the version that these labels made already, but for a few new ones.
-
-    A version that was refused or rolled back is not made again for one more label: it takes
-    `min_labels` new ones. None when there was no such version, or enough is new.
-    """
-    failed = [v for v in children if v.verdict is not None]
-    failed = [v for v in failed if v.rolled_back or v.verdict != Outcome.PROMOTE.value]
-    if not failed:
-        return None
-    tried = pd.concat([registry.learned(version) for version in failed])
-    new = len(fresh_set(Labels(fresh.table, ()), tried))
-    if new >= settings.policy.min_labels:
-        return None
-    last = failed[-1]
-    became = "was rolled back" if last.rolled_back else f"got the verdict {last.verdict!r}"
-    return f"version {last.number}, which {became} ({new} labels are new since)"
-
-
-def _latest(*times: str | None) -> datetime | None:
-    known = [datetime.fromisoformat(time) for time in times if time]
-    return max(known) if known else None
-
-
-def _record_decision(registry: Registry, run_id: str, decision: Decision, fresh: FreshSet) -> None:
+def _record_decision(registry: Registry, run_id: str, decision: Decision, fresh: str) -> None:
     registry.log(
         run_id,
         tags={
             "sustain.action": decision.action.value,
             "sustain.reason": decision.reason,
-            "sustain.fresh": fresh.digest[:16],
+            "sustain.fresh": fresh,
             "mlflow.note.content": decision.reason,
         },
     )

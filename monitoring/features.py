@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -192,10 +193,7 @@ def tidy(columns: pd.DataFrame) -> pd.DataFrame:
 def _tidy_column(values: pd.Series) -> pd.Series:
     missing = [not isinstance(value, list | dict) and pd.isna(value) for value in values]
     known = [value for value, gone in zip(values, missing, strict=True) if not gone]
-    if known and all(
-        isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        for value in known
-    ):
+    if known and all(map(_is_number, known)):
         numbers = [
             np.nan if gone else float(value) for value, gone in zip(values, missing, strict=True)
         ]
@@ -204,7 +202,23 @@ def _tidy_column(values: pd.Series) -> pd.Series:
     return pd.Series(texts, dtype="object")
 
 
+def number_text(value: float) -> str:
+    """Write a number exactly, a whole one without a point."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return False
+    try:
+        return math.isfinite(float(value))  # an integer may be too large for a float
+    except OverflowError:
+        return False
+
+
 def _text(value: object) -> str:
+    if _is_number(value):
+        return number_text(cast("float", value))
     if isinstance(value, datetime | date):
         return value.isoformat()
     if isinstance(value, list | dict):

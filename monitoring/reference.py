@@ -8,6 +8,7 @@ pure photos (measured on PACS: 1.00 of them).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
@@ -38,6 +39,8 @@ regime that is half the other, half a world 15 off in .68-.76, which must not be
 20 rows are too noisy to tell: .35-.70 for the same world, of which .56 are merged.
 """
 STRAY_QUANTILE = 0.999
+STRAY_STEP = 0.05
+"""Expected shares of strays are rounded to it, so that mixtures are made once and kept."""
 ROUNDS = 50
 """Of expectation and maximisation: with 10 a border between worlds 3 apart has not settled."""
 SMALLEST_EIGENVALUE = 1e-4
@@ -355,6 +358,15 @@ class Reference:
             self._made[key] = merge(regimes)
         return self._made[key]
 
+    def thinned(self, home: Regime, kept: int, strays: Sequence[Regime]) -> Regime:
+        """Merge so many random rows of one regime with all of some others; the same each time."""
+        key = (id(home), kept, *map(id, strays))
+        if key not in self._made:
+            keep = np.zeros(len(home.features), dtype=bool)
+            keep[np.random.default_rng(0).permutation(len(keep))[:kept]] = True
+            self._made[key] = merge([_restrict(home, keep), *strays])
+        return self._made[key]
+
     def require_readable(self, features: FeatureTable) -> None:
         """Refuse a batch that this reference cannot be compared with.
 
@@ -583,6 +595,7 @@ def portions(
             # with the strays that its own regimes send too, where some were put back
             candidates.append(reference.selected(members, cells))
         candidates += _others(reference, world, own, len(rows), len(features))
+        candidates += _with_strays(reference, world, home, rows=len(rows), assigned=assigned)
         found.append(Portion(world, rows, home, tuple(candidates)))
     return tuple(found)
 
@@ -599,6 +612,31 @@ def _others(reference: Reference, world: int, own: list[Regime], rows: int, n: i
         return []
     likely = [regime for i, regime in others if rows <= _likely(reference, i, n)[world]]
     return [*likely, reference.together([*own, *(regime for _, regime in others)])]
+
+
+def _with_strays(
+    reference: Reference, world: int, home: Regime, *, rows: int, assigned: Integers
+) -> list[Regime]:
+    """Mix a small part's home with strays of the other worlds, in the share that is to be expected.
+
+    Of 90 sketches one or two go astray: among ten photos that is a tenth, and not the hundredth
+    that they are among the reference's.
+    """
+    counts = np.bincount(assigned, minlength=len(reference.members))
+    strays, expected = [], 0.0
+    for other, members in enumerate(reference.members):
+        if other == world:
+            continue
+        sent = reference.selected(members, (world,))
+        total = sum(len(reference.regimes[i].features) for i in members)
+        expected += counts[other] * len(sent.features) / total
+        strays += [sent] if len(sent.features) else []
+    share = min(0.5, round(expected / rows / STRAY_STEP) * STRAY_STEP)
+    n = sum(len(regime.features) for regime in strays)
+    if not share or n / (len(home.features) + n) >= share:
+        return []
+    kept = math.ceil(n * (1 - share) / share)
+    return [reference.thinned(home, kept, strays)] if n + kept >= 2 * MIN_ROWS else []
 
 
 def bounded(reference: Reference, max_regimes: int) -> Reference:

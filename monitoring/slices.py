@@ -9,6 +9,7 @@ import numpy as np
 
 from monitoring.accuracy import estimate_accuracy
 from monitoring.detectors import DetectionSettings, detect_drift
+from monitoring.features import number_text
 from monitoring.reference import MIN_ROWS, Reference, Regime
 
 if TYPE_CHECKING:
@@ -62,8 +63,7 @@ def check_slices(
             continue
         told = _texts(batch.metadata[column])
         for place, (value, n) in enumerate(told.value_counts().items()):
-            selected = batch.take(np.flatnonzero(told == value))
-            known = _part(reference, column, str(value))
+            known = None if place >= MAX_VALUES else _part(reference, column, str(value))
             if place >= MAX_VALUES:
                 note = f"only the {MAX_VALUES} commonest values are tested"
                 rows.append(_untested(column, str(value), int(n), note))
@@ -71,10 +71,15 @@ def check_slices(
                 note = f"fewer than {MIN_ROWS} reference rows have this value"
                 rows.append(_untested(column, str(value), int(n), note))
             else:
+                selected = batch.take(np.flatnonzero(told == value))
                 parts.append((column, str(value), selected, known))
     corrected = replace(settings, alpha=settings.alpha / max(1, len(parts)))
     for column, value, selected, known in parts:
-        found = detect_drift(known, selected, corrected)
+        try:
+            found = detect_drift(known, selected, corrected)
+        except ValueError as error:  # too few rows, here or in the reference, for the level
+            rows.append(_untested(column, value, len(selected), str(error)))
+            continue
         estimate = estimate_accuracy(known, selected) if _has_labels(known) else None
         rows.append(
             Slice(
@@ -106,7 +111,7 @@ def values_of(features: FeatureTable, column: str) -> pd.Series:
 def _texts(values: pd.Series) -> pd.Series:
     if values.dtype != np.float64:
         return values
-    return values.map(lambda value: f"{value:g}", na_action="ignore").astype("object")
+    return values.map(number_text, na_action="ignore").astype("object")
 
 
 def _part(reference: Reference, column: str, value: str) -> Reference | None:

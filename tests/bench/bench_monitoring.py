@@ -85,7 +85,7 @@ def main() -> None:
     """Measure, and write the table if all of it was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few draws; writes nothing")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="writes nothing")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="keeps the other figures")
     parser.add_argument("--processes", type=int, default=2)
     asked = parser.parse_args()
     console = Console()
@@ -114,12 +114,14 @@ def main() -> None:
             )
         console.print(f"  {time.perf_counter() - started:.0f} s")
         figures += found
+        if not asked.quick:  # what is measured is not lost if a later section fails
+            write("monitoring", found, merge=True)
     run.close()
     console.print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
     if failed:
-        sys.exit(f"failed: {', '.join(failed)}; nothing was written")
+        sys.exit(f"failed: {', '.join(failed)}; their old figures were kept")
     if not asked.quick and not asked.only:
-        write("monitoring", figures)
+        write("monitoring", figures)  # without what an earlier run measured and this one no more
 
 
 if __name__ == "__main__":

@@ -62,6 +62,38 @@ def test_small_batches_wait_for_one_another(small_world: Callable[[str], World])
     assert "tested together with 24 pictures of b0, b1" in third.tags["sustain.notes"]
     label(world, "b0", optical[:12])  # a batch that waited is settled like any other
     assert "b0" in watch(str(world.path)).settled
+    arrive(world, "b3", optical[36:40])  # the newest check waits: nothing stumbles over it
+    assert [c.action for c in watch(str(world.path)).checked] == ["pooled"]
+    registry = Registry(world.settings)
+    assert make_plan(registry, world.settings, datetime.now(UTC)).idle
+    waits = registry.checks(1)[-1]
+    folder = world.path.parent / "mlartifacts" / waits.run_id
+    next(folder.rglob("features.parquet")).unlink()  # and its artifacts expire
+    arrive(world, "b4", optical[40:80])
+    (tested,) = watch(str(world.path)).checked
+    assert tested.action != "failed"
+    newest = registry.checks(1)[-1]
+    assert newest.metrics["batch.tested"] == 40
+    assert "the features of b3, which waited, are gone" in newest.tags["sustain.notes"]
+
+
+def test_a_failed_check_is_tried_again_when_the_settings_change(
+    small_world: Callable[[str], World],
+) -> None:
+    """The way out that its message names works, without touching the batch."""
+    world = small_world("settings")
+    arrive(world, "b0", _mnist()[1000:1060])
+    bad = sorted((world.path.parent / "feed" / "b0").iterdir())[:20]
+    for path in bad:
+        path.write_bytes(b"no picture")
+    (failed,) = watch(str(world.path)).checked
+    assert failed.action == "failed"
+    plan = make_plan(Registry(world.settings), world.settings, datetime.now(UTC))
+    assert plan.idle
+    assert plan.failed == 1
+    world.path.write_text(world.path.read_text() + "\n[feed]\nmax_bad_share = 0.5\n")
+    (checked,) = watch(str(world.path)).checked
+    assert (checked.samples, checked.action) == (40, "none")
 
 
 def test_the_alarm_is_a_fold_over_the_record(small_world: Callable[[str], World]) -> None:

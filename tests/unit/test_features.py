@@ -1,5 +1,7 @@
 """The feature table: what one pass over the pictures leaves."""
 
+import dataclasses
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from monitoring.features import FeatureTable, concatenate, extract, picture_statistics
+from monitoring.features import FeatureTable, concatenate, extract, picture_statistics, tidy
 
 
 class Projection:
@@ -191,3 +193,28 @@ def test_parts_of_different_lengths_are_refused() -> None:
     table = small_table(3)
     with pytest.raises(ValueError, match="'embedding': 2"):
         FeatureTable(table.sample_ids, table.embedding[:2], table.probabilities, table.statistics)
+
+
+def test_tidy_columns_have_one_of_two_types() -> None:
+    """Numbers stay numbers; a number among words is its exact text; nothing is too large."""
+    columns = pd.DataFrame(
+        {
+            "hour": [1, 2.5, None],
+            "mixed": [2, "x", True],
+            "huge": [10**400, 1, None],
+            "when": [datetime(2026, 1, 2, tzinfo=UTC), None, date(2026, 1, 3)],
+            "list": [[1, {"a": 2}], None, {}],
+            "empty": [None, None, None],
+        },
+        dtype="object",
+    )
+    found = tidy(columns)
+    assert found["hour"].tolist()[:2] == [1.0, 2.5]
+    assert found["mixed"].tolist() == ["2", "x", "True"]
+    assert found["huge"].tolist()[1] == "1"
+    assert found["when"].tolist() == ["2026-01-02T00:00:00+00:00", None, "2026-01-03"]
+    assert found["list"].tolist() == ['[1, {"a": 2}]', None, "{}"]
+    assert found["empty"].isna().all()
+    table = dataclasses.replace(small_table(3), metadata=found)
+    again = FeatureTable.from_arrow(table.to_arrow())
+    pd.testing.assert_frame_equal(again.metadata, found)

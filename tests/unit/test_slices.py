@@ -74,6 +74,18 @@ def test_what_cannot_be_compared_says_why() -> None:
     assert joined(0.3, [row for row in rows if row.note]) == 0.3
 
 
+def test_a_slice_of_one_picture_says_why_it_is_not_tested() -> None:
+    """It cannot reach the level, and does not keep the others from being tested."""
+    rng = np.random.default_rng(5)
+    known = reference(rng, ["a", "b"] * 60)
+    batch = table(rng, ["a"] * 40 + ["b"])
+    rows = check_slices(known, batch, ["camera"], DetectionSettings(alpha=0.001))
+    found = {row.value: row for row in rows}
+    assert not found["a"].note
+    assert "too few for alpha=0.0005" in found["b"].note
+    assert np.isnan(found["b"].p_value)
+
+
 def test_many_values_are_bounded() -> None:
     """Of a column with a value a sample, the 20 commonest are looked at."""
     rng = np.random.default_rng(3)
@@ -85,5 +97,5 @@ def test_many_values_are_bounded() -> None:
 
 def test_numbers_are_slices_by_their_value() -> None:
     """A column of numbers names its slices without needless zeros; a gap belongs to none."""
-    told = values_of(table(np.random.default_rng(4), [1, 2.5, None]), "camera")
-    assert [value if isinstance(value, str) else None for value in told] == ["1", "2.5", None]
+    told = values_of(table(np.random.default_rng(4), [1234567, 2.5, None]), "camera")
+    assert [value if isinstance(value, str) else None for value in told] == ["1234567", "2.5", None]

@@ -1,0 +1,162 @@
+"""What the record says should be done: gathers what `monitoring.policy` decides on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+
+import pandas as pd
+
+from flows.check import evidence_on_record, is_tested
+from flows.feed import Batch
+from flows.fresh import FreshSet, Labels, fresh_set, labels_needed
+from flows.registry import CheckRecord, Registry, Version
+from flows.settings import Settings
+from monitoring.policy import (
+    Action,
+    Decision,
+    Evidence,
+    FreshLabels,
+    History,
+    PolicySettings,
+    decide,
+)
+from sft.gate import Outcome
+
+UNTRAINABLE = "sustain.untrainable"
+"""Tag of a check: the fresh labels that a retraining refused, after it had read their pictures."""
+
+
+@dataclass(frozen=True)
+class Decider:
+    """Decides on evidence, with all that is the same for every check of a run."""
+
+    settings: Settings
+    fresh: FreshSet
+    history: History
+    now: datetime
+
+    @cached_property
+    def name(self) -> str:
+        """Names the fresh labels: with others, decisions are made again."""
+        return self.fresh.digest[:16]
+
+    @cached_property
+    def _policy(self) -> PolicySettings:
+        return replace(self.settings.policy, min_labels=labels_needed(self.fresh, self.settings))
+
+    @cached_property
+    def _labels(self) -> FreshLabels:
+        return FreshLabels(n=len(self.fresh), classes=self.fresh.classes)
+
+    def decide(self, evidence: Evidence) -> Decision:
+        """Turn what a check measured into one action."""
+        return decide(evidence, self._labels, self.history, self.now, self._policy)
+
+    def on_record(self, record: CheckRecord) -> Decision:
+        """Decide again on what a check put on record."""
+        return self.decide(evidence_on_record(record, self.settings))
+
+    def standing(self, finished: Sequence[CheckRecord]) -> CheckRecord | None:
+        """Return the newest check that calls for a retraining, else the newest to decide anew.
+
+        Those are the alarms, and the newest check of all, which a schedule or labels may make act.
+        Of those that ask for labels only the newest is told anew when labels come.
+        """
+        tested = [record for record in finished if is_tested(record)]
+        if not tested or any(r.tags.get(UNTRAINABLE) == self.name for r in tested):
+            return None
+        newest = tested[-1]
+        if not newest.alarm:
+            decision = self.on_record(newest)
+            changed = decision.action.value != newest.action
+            if decision.action is Action.RETRAIN or (changed and not _quiet(newest, decision)):
+                return newest
+        alarms = [record for record in reversed(tested) if record.alarm]
+        decided = [(record, self.on_record(record)) for record in alarms]
+        for record, decision in decided:
+            if decision.action is Action.RETRAIN:
+                return record
+        for record, decision in decided:
+            if decision.action is not Action.WATCH or record.action != Action.WATCH.value:
+                stale = record.tags.get("sustain.fresh") != self.name
+                return record if stale or decision.action.value != record.action else None
+        return None
+
+    def asking(self, finished: Sequence[CheckRecord]) -> CheckRecord | None:
+        """Return the newest check that asks for labels, if its list is not written yet."""
+        asking = [r for r in finished if r.alarm and r.action == Action.ASK_FOR_LABELS.value]
+        if not asking or asking[-1].tags.get("sustain.requested") == self.name:
+            return None
+        return asking[-1]
+
+
+def read_history(
+    registry: Registry,
+    settings: Settings,
+    champion: Version,
+    fresh: FreshSet,
+    batches: Sequence[Batch],
+    finished: Sequence[CheckRecord],
+) -> History:
+    """Read what happened before, as the policy wants it.
+
+    A batch counts as new when it arrived since the last training: a new champion checks old ones
+    again.
+    """
+    versions = registry.versions()
+    children = [v for v in versions if v.parent == champion.number]
+    trained = [v for v in versions if v.parent is not None]
+    last = max((v.created for v in children), default=None)
+    arrived = {batch.id: batch.arrived for batch in batches}
+    since = max(v.created for v in (champion, *children))
+    new = [
+        record
+        for record in finished
+        if (when := arrived.get(record.key.batch_id)) is not None and when > since
+    ]
+    return History(
+        last_promotion=_latest(champion.tags.get("promoted_at")),
+        last_rollback=_latest(*(v.tags.get("rolled_back_at") for v in versions)),
+        last_training=last,
+        remade=_remade(registry, settings, children, fresh),
+        trainings=tuple(v.created for v in trained),
+        last_training_seconds=registry.training_seconds(trained[-1]) if trained else None,
+        batches_since_training=len(new),
+        samples_since_training=int(sum(record.metrics["batch.samples"] for record in new)),
+    )
+
+
+def _quiet(record: CheckRecord, decision: Decision) -> bool:
+    """Whether nothing is asked for, neither then nor now."""
+    quiet = {Action.NONE.value, Action.WATCH.value}
+    return {record.action, decision.action.value} <= quiet
+
+
+def _remade(
+    registry: Registry, settings: Settings, children: Sequence[Version], fresh: FreshSet
+) -> str | None:
+    """Say what became of the version that these labels made already, but for a few new ones.
+
+    A version that was refused or rolled back is not made again for one more label: it takes
+    `min_labels` new ones. None when there was no such version, or enough is new.
+    """
+    failed = [v for v in children if v.verdict is not None]
+    failed = [v for v in failed if v.rolled_back or v.verdict != Outcome.PROMOTE.value]
+    if not failed:
+        return None
+    # newest first: a label that was corrected counts as it was tried last
+    tried = pd.concat([registry.learned(version) for version in reversed(failed)])
+    new = len(fresh_set(Labels(fresh.table, ()), tried))
+    if new >= settings.policy.min_labels:
+        return None
+    last = failed[-1]
+    became = "was rolled back" if last.rolled_back else f"got the verdict {last.verdict!r}"
+    return f"version {last.number}, which {became} ({new} labels are new since)"
+
+
+def _latest(*times: str | None) -> datetime | None:
+    known = [datetime.fromisoformat(time) for time in times if time]
+    return max(known) if known else None
