@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
 
@@ -26,7 +28,7 @@ from monitoring.policy import (
 from sft.gate import Outcome
 
 UNTRAINABLE = "sustain.untrainable"
-"""Tag of a check: the fresh labels that a retraining refused, after it had read their pictures."""
+"""Tag of a check: the attempt that a retraining refused, after it had read its pictures."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class Decider:
     def name(self) -> str:
         """Names the fresh labels: with others, decisions are made again."""
         return self.fresh.digest[:16]
+
+    @cached_property
+    def attempt(self) -> str:
+        """Names what a retraining would try: these labels, by the settings that may refuse them."""
+        parts = (self.settings.noise, self.settings.policy, self.settings.gate, self.settings.feed)
+        stated = json.dumps([self.fresh.digest, *map(asdict, parts)], sort_keys=True, default=str)
+        return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
     @cached_property
     def _policy(self) -> PolicySettings:
@@ -66,7 +75,7 @@ class Decider:
         Of those that ask for labels only the newest is told anew when labels come.
         """
         tested = [record for record in finished if is_tested(record)]
-        if not tested or any(r.tags.get(UNTRAINABLE) == self.name for r in tested):
+        if not tested or any(r.tags.get(UNTRAINABLE) == self.attempt for r in tested):
             return None
         newest = tested[-1]
         if not newest.alarm:

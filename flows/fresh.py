@@ -149,6 +149,7 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "champion": champion,
         "fresh": fresh.digest,
         "training": asdict(settings.training),
+        "noise": asdict(settings.noise),
         "memory": asdict(settings.memory),
         "classes": settings.model.classes,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from prefect import flow
 from rich.progress import Progress
 
 from flows.batches import read_batch
+from flows.doubt import judge_delivery, to_learn, write_suspicious
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
@@ -24,6 +26,7 @@ from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
+from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, join, role_of
 from sft.memory import Memory, remember
 from sft.models import Network, widen
@@ -127,6 +130,10 @@ def make_challenger(
     memory = registry.memory(champion)
     labelled, unlabelled, about = read_window(registry, settings, champion, batches, fresh, network)
     require_enough(fresh.of(labelled.sample_ids), settings)  # some may be unreadable
+    delivery = judge_delivery(champion_network, labelled, memory, classes, settings)
+    if delivery.stop:
+        raise RetrainError(f"{delivery.words} (or raise max_wrong_share under [noise])")
+    believed, doubt = to_learn(champion_network, labelled, memory, classes, settings)
     run_id = registry.begin_training(
         f"retrain v{champion.number}",
         {
@@ -140,8 +147,16 @@ def make_challenger(
         run_id,
         params={**asdict(settings.training), "parent": champion.number, "fresh": dict(counts)},
     )
-    tuned = tune(network, champion_network, labelled, memory, settings)
+    tuned = tune(network, champion_network, believed, memory, settings)
     log_training(registry, run_id, tuned)
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        usable = labelled.take(
+            [i for i, s in enumerate(labelled.sample_ids) if role_of(s) is not Role.HOLDOUT]
+        )
+        write_suspicious(Path(name), usable, doubt, classes)
+        for path in sorted(Path(name).iterdir()):
+            registry.log_file(run_id, path)
+    registry.log(run_id, tags={"sustain.labels": delivery.words})
 
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
@@ -256,6 +271,7 @@ def tune(
             settings.training,
             memory=old,
             anchor=champion,
+            cache=ActivationCache(),
             validation=(
                 labelled.with_role(Role.VALIDATION),
                 memory.labelled(Role.VALIDATION, classes, preprocessing),

@@ -23,6 +23,7 @@ from monitoring.policy import PolicySettings
 from monitoring.sequential import StreamSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
+from sft.noise import NoiseSettings
 from sft.train import TrainingSettings
 
 PREFIX = "SUSTAIN_"
@@ -156,6 +157,7 @@ class Settings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
 
@@ -194,6 +196,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": PolicySettings,
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,
+    "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,
 }

@@ -212,7 +212,7 @@ def _act(
     except RetrainError as error:  # the same labels would be refused again: more are needed
         refused = Decision(Action.ASK_FOR_LABELS, f"{decision.reason} Nothing was trained: {error}")
         _record_decision(registry, standing.run_id, refused, plan.decider.name)
-        registry.log(standing.run_id, tags={UNTRAINABLE: plan.decider.name})
+        registry.log(standing.run_id, tags={UNTRAINABLE: plan.decider.attempt})
         return refused, ""
 
 

@@ -347,7 +347,8 @@ def correct_momentum(network: nn.Module, steps: int) -> str:
 def _units(network: Network) -> list[str]:
     """Open the body until the head stands alone and enough blocks lie before it."""
     modules = dict(network.named_modules())
-    head = next(name for name, module in modules.items() if module is network.head)
+    last = network.head
+    head = next(name for name, module in modules.items() if module is last)
     units = ["body"]
     while (holder := next((u for u in units if head.startswith(f"{u}.")), None)) is not None:
         units = _opened(modules, units, holder)

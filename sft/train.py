@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sft.augment import Augmentation, augment, strengths
 from sft.averaging import choose_alpha
+from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
 from sft.models import Network
 from sft.objectives import (
@@ -83,6 +84,8 @@ class TrainingSettings:
         freeze_batch_norm: keep the champion's batch-norm statistics.
         shift_pixels, flip, crop, rotate, brightness, contrast, rare: augmentation of each picture;
             see `sft.augment.Augmentation`.
+        views: augmented views of each picture that are kept where a part is frozen and runs once;
+            0 augments anew in each epoch, from pictures.
         stop_by, patience: epochs without a better validation loss, or accuracy, before it stops.
         interpolate: mix the result with the champion, by the share that validates best.
         clip_norm: longest gradient.
@@ -125,6 +128,7 @@ class TrainingSettings:
     brightness: float = 0.0
     contrast: float = 0.0
     rare: float = 1.0
+    views: int = 0
     stop_by: StopBy = StopBy.LOSS
     patience: int = 6
     interpolate: bool = False
@@ -140,7 +144,7 @@ class TrainingSettings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in (
-            "weight_decay", "l2_sp", "ewc", "distillation", "dark_experience", "mixup",
+            "weight_decay", "l2_sp", "ewc", "distillation", "dark_experience", "mixup", "views",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -219,6 +223,7 @@ def fine_tune(
     memory: LabelledPictures | None = None,
     anchor: Network | None = None,
     validation: tuple[LabelledPictures, ...] = (),
+    cache: ActivationCache | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of `start` on fresh samples; `start` itself is not changed.
@@ -228,6 +233,7 @@ def fine_tune(
         fresh: what to learn.
         settings: how.
         memory: old samples, rehearsed beside the fresh ones.
+        cache: of what a frozen part answers, so that it runs once for each picture.
         anchor: the champion, whose weights and answers L_pre holds; `start` by default. A head that
             was widened is held only in the rows that the anchor has.
         validation: sets whose mean losses are averaged for early stopping, each set with the same
@@ -267,12 +273,13 @@ def fine_tune(
         torch.manual_seed(settings.seed)  # dropout draws from the global generator
         for phase, count in zip(plan, epochs, strict=True):
             optimiser, schedule, corrected = _begin(job, phase, count)
+            views, validated = _cached(job, phase, champion, validation, cache)
             notes += [corrected] if corrected else []
             best.last = len(history)
             for number in range(len(history) + 1, len(history) + 1 + count):
                 training_mode(network, phase, freeze_batch_norm=settings.freeze_batch_norm)
                 try:
-                    train_loss = _one_pass(job, optimiser, schedule)
+                    train_loss = _one_pass(views[number % len(views)], optimiser, schedule)
                 except _NotFiniteError as error:
                     stopped = (
                         f"the loss or its gradient was not finite at step {error.step} of epoch"
@@ -281,7 +288,7 @@ def fine_tune(
                     if not history:
                         raise TrainingError(stopped) from None
                     break
-                epoch = _validated(network, number, train_loss, validation)
+                epoch = _validated(views[0].network, number, train_loss, validated)
                 history.append(epoch)
                 if on_epoch is not None:
                     on_epoch(epoch)
@@ -402,6 +409,53 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
     return sum(losses) / len(losses)
 
 
+def _cached(
+    job: _Job,
+    phase: Phase,
+    champion: Network,
+    validation: tuple[LabelledPictures, ...],
+    cache: ActivationCache | None,
+) -> tuple[list[_Job], tuple[LabelledPictures, ...]]:
+    """Give a phase's job and validation sets: pictures, or what its frozen part makes of them.
+
+    There is one job for each augmented view, which the epochs take in turn.
+    """
+    settings = job.settings
+    if cache is None or settings.mixup:
+        return [job], validation
+
+    def change(data: LabelledPictures, generator: torch.Generator) -> Tensor:
+        strength = strengths(data.labels, job.counts, settings.rare)
+        return augment(data.pixels, settings.augmentation, generator, strength)
+
+    part = cut(
+        job.network,
+        phase,
+        cache,
+        job.fresh,
+        memory=job.rehearsed,
+        validation=validation,
+        change=None if settings.augmentation == Augmentation() else change,
+        views=settings.views,
+        seed=settings.seed,
+    )
+    if part is None:
+        return [job], validation
+    terms: list[Penalty] = [term for term in job.terms if isinstance(term, L2SP | EWC)]
+    if len(terms) < len(job.terms):
+        at = part.network.at
+        if frozen_part_digest(champion, at) != frozen_part_digest(job.network, at):
+            return [job], validation  # the teacher sees other activations
+        terms += _answer_terms(Tail(champion, at), settings)
+    job = replace(
+        job,
+        network=part.network,
+        terms=tuple(terms),
+        settings=replace(settings, **asdict(Augmentation())),
+    )
+    return [replace(job, fresh=new, rehearsed=old) for new, old in part.views], part.validation
+
+
 @contextmanager
 def _unfrozen(network: Network) -> Iterator[None]:
     """Let move afterwards what could move before."""
@@ -427,7 +481,12 @@ def _terms(
     if settings.ewc:
         old = memory.pixels[:FISHER_SAMPLES] if memory is not None else torch.empty(0)
         terms.append(EWC(start, fisher(champion, old, generator=generator), settings.ewc))
-    teacher = Teacher(champion)
+    return [*terms, *_answer_terms(champion, settings)]
+
+
+def _answer_terms(champion: Network, settings: TrainingSettings) -> list[Penalty]:
+    """Make those that hold the champion's answers; it is given what the network is given."""
+    teacher, terms = Teacher(champion), list[Penalty]()
     if settings.distillation:
         terms.append(Distillation(teacher, settings.distillation, temperature=settings.temperature))
     if settings.dark_experience:

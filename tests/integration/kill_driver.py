@@ -70,6 +70,9 @@ batch_size = 8
 [policy]
 min_labels = 30
 
+[noise]  # labels of so few digits look wrong to a champion that knows little
+max_wrong_share = 0.99
+
 [gate]
 min_fresh = 10
 max_drop = 0.2

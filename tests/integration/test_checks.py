@@ -222,3 +222,22 @@ def test_a_version_that_labels_show_to_be_worse_is_rolled_back(
     assert registry.version(2).rolled_back
     settings = load_settings(world.path)
     assert make_plan(registry, settings, datetime.now(UTC)).champion.number == 1
+
+
+def test_a_delivery_of_wrong_labels_goes_to_a_person(small_world: Callable[[str], World]) -> None:
+    """Nothing is trained on labels that make no sense, and the same ones are not tried again."""
+    world = small_world("wrong")
+    text = world.path.read_text().replace("max_wrong_share = 0.99", "max_wrong_share = 0.25")
+    world.path.write_text(text)
+    optical = _optical()
+    arrive(world, "wrong", optical[:300])
+    rng = np.random.default_rng(0)
+    label(world, "wrong", Digits(optical.pictures[:300], rng.integers(0, 10, 300)))
+    watched = watch(str(world.path))
+    assert watched.decision.action == "ask_for_labels"
+    assert "let a person look at the labels" in watched.decision.reason
+    registry = Registry(world.settings)
+    assert [version.number for version in registry.versions()] == [1]
+    assert make_plan(registry, world.settings, datetime.now(UTC)).idle
+    label(world, "wrong", optical[:300])  # corrected
+    assert "version 2" in watch(str(world.path)).done

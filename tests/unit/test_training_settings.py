@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures
 from sft.models import ModelConfig, Network, build
 from sft.pictures import Preprocessing
@@ -114,3 +115,38 @@ def test_stopping_by_accuracy_keeps_the_most_accurate_epoch() -> None:
     tuned = fine_tune(network(), pictures(200), settings, validation=(pictures(100, seed=5),))
     accuracies = [epoch.validation_accuracy for epoch in tuned.epochs]
     assert tuned.best_epoch == accuracies.index(max(accuracies)) + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": Strategy.HEAD},
+        {"train_last": 1, "dropout": 0.3},
+        {"strategy": Strategy.TWO_STAGE, "epochs": 4},
+        {"strategy": Strategy.HEAD, "distillation": 1.0, "dark_experience": 1.0, "l2_sp": 0.1},
+    ],
+    ids=str,
+)
+def test_a_cached_frozen_part_changes_nothing(changes: dict[str, Any]) -> None:
+    """With and without the cache the weights are the same."""
+    start, memory = network(), pictures(40, seed=3, prefix="old")
+    settings = replace(SHORT, rehearsal=0.5, **changes)
+    validation = (pictures(30, seed=8, prefix="new"),)
+    plain, cached = (
+        fine_tune(
+            start, pictures(64), settings, memory=memory, validation=validation, cache=cache
+        ).network
+        for cache in (None, ActivationCache())
+    )
+    for one, other in zip(plain.parameters(), cached.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_augmented_views_are_kept() -> None:
+    """Head tuning on three views of each picture differs from tuning on the pictures alone."""
+    start = network()
+    settings = replace(SHORT, epochs=3, strategy=Strategy.HEAD, shift_pixels=1, views=3)
+    varied = fine_tune(start, pictures(64), settings, cache=ActivationCache()).network
+    plain = fine_tune(start, pictures(64), replace(settings, shift_pixels=0)).network
+    assert moved(plain, varied)
+    assert moved(start, varied) == {"body.10.weight", "body.10.bias"}
