@@ -49,7 +49,8 @@ class Decider:
     def attempt(self) -> str:
         """Names what a retraining would try: these labels, by the settings that may refuse them."""
         parts = (self.settings.noise, self.settings.policy, self.settings.gate, self.settings.feed)
-        stated = json.dumps([self.fresh.digest, *map(asdict, parts)], sort_keys=True, default=str)
+        settings = [asdict(part) for part in parts]
+        stated = json.dumps([self.fresh.digest, settings], sort_keys=True, default=str)
         return hashlib.sha256(stated.encode()).hexdigest()[:16]
 
     @cached_property
