@@ -240,7 +240,10 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
         result = self.result(float(found.value))
         change = f"{found.reference:.3f} → {found.value:.3f}"
         if not found.believable:
-            answer, colour = "Not known", "warning"
+            answer, colour = (
+                "Probably, by an unknown amount" if _fell(page) else "Not known",
+                "warning",
+            )
             trust = (
                 f"Do not believe this estimate: about {found.novelty:.0%} of the pictures are "
                 "unlike anything in the reference. Label some of them."

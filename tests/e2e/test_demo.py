@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import Page
 
 from flows.registry import Registry
 from flows.settings import load_settings
@@ -37,6 +39,27 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Run the demo once, with no server running beforehand."""
     folder = tmp_path_factory.mktemp("e2e")
     return folder, sustain("demo", "--folder", "demo", cwd=folder)
+
+
+@pytest.fixture
+def browser_tab() -> Iterator[Page]:
+    """Give a page of 1280 x 800 in the installed Chromium."""
+    import shutil
+
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium")
+    if found is None:
+        said = "this test needs a browser on PATH: apt-get install chromium"
+        if os.environ.get("REQUIRE_BROWSER"):
+            pytest.fail(said)
+        pytest.skip(said)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        try:
+            yield browser.new_page(viewport={"width": 1280, "height": 800})
+        finally:
+            browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +98,27 @@ def test_both_worlds_are_known_to_version_2(registry: Registry) -> None:
     )  # of six optical batches nothing is left that it has not learned or kept
     assert {c.tags["sustain.regime"] for c in checks} == {"first", "since v1"}
     assert sum(c.alarm for c in checks) <= 1
+
+
+def test_the_report_answers_four_questions_at_a_glance(
+    registry: Registry, browser_tab: Page, tmp_path: Path
+) -> None:
+    """The report of the first optical batch, in a real browser, without scrolling."""
+    check = next(c for c in registry.checks(1) if c.key.batch_id == "optical-01")
+    path = registry.client.download_artifacts(check.run_id, "report.html", str(tmp_path))
+    browser_tab.goto(f"file://{path}")
+    questions = ("Did it change?", "Does it hurt?", "What changed?", "What next?")
+    for question in questions:
+        heading = browser_tab.get_by_text(question, exact=True)
+        heading.wait_for()
+        box = heading.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] < 800
+    for answer in ("Yes, it changed", "Ask for labels"):
+        assert browser_tab.get_by_text(answer, exact=True).bounding_box()["y"] < 800
+    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    browser_tab.screenshot(path=shots / "demo-report.png")
+    assert (shots / "demo-report.png").stat().st_size > 20_000
 
 
 def test_estimates_are_settled_by_late_labels(registry: Registry) -> None:
