@@ -47,6 +47,7 @@ POOLED = "pooled"
 """The action of a batch that was too small by itself: it is tested with the following ones."""
 FAILED = "failed"
 NEARLY_ALL = 0.9
+BATCHES_OF_REFERENCE = 10
 MAX_PAST = 200
 """Earlier checks that a report draws."""
 
@@ -246,6 +247,7 @@ def check(
         tags={
             "sustain.action": decision.action.value,
             "sustain.reason": decision.reason,
+            **suppressed_tags(decision),
             "sustain.regime": measured.detection.regime,
             "sustain.stream": measured.evidence.to_json(),
             "sustain.fresh": decider.name,
@@ -293,7 +295,22 @@ def measure(
         evidence=evidence,
         estimate=estimate_accuracy(reference, features),
         slices=slices,
-        notes=(*notes, *findings(reference, features)),
+        notes=(*notes, *_small_reference(reference, features), *findings(reference, features)),
+    )
+
+
+def suppressed_tags(decision: Decision) -> dict[str, str]:
+    """Tell why a retraining was not made, and what that saved; empty where none was in question."""
+    return {"sustain.suppressed": decision.suppressed or "", "sustain.saved": decision.saved}
+
+
+def _small_reference(reference: Reference, features: FeatureTable) -> tuple[str, ...]:
+    """Say when the stated rates rest on too little: a reference's own error is in every check."""
+    if reference.n >= BATCHES_OF_REFERENCE * len(features):
+        return ()
+    return (
+        f"the reference has {reference.n} pictures, under {BATCHES_OF_REFERENCE} times the batch:"
+        " false alarms may come more often than stated",
     )
 
 

@@ -33,6 +33,7 @@ from flows.check import (
     load_champion,
     settle_check,
     stamp_of,
+    suppressed_tags,
 )
 from flows.decisions import UNTRAINABLE, Decider, read_history
 from flows.feed import Batch, list_batches
@@ -389,6 +390,7 @@ def _record_decision(registry: Registry, run_id: str, decision: Decision, fresh:
         tags={
             "sustain.action": decision.action.value,
             "sustain.reason": decision.reason,
+            **suppressed_tags(decision),
             "sustain.fresh": fresh,
             "mlflow.note.content": decision.reason,
         },

@@ -106,6 +106,7 @@ def test_the_alarm_is_a_fold_over_the_record(small_world: Callable[[str], World]
     quiet = watch(str(world.path))
     assert not any(c.alarm for c in quiet.checked)
     registry = Registry(world.settings)
+    assert "under 10 times the batch" in registry.checks(1)[0].tags["sustain.notes"]
     before = registry.checks(1)
     arrive(world, "r0", mnist[1500:1560])
     watch(str(world.path))
