@@ -308,10 +308,11 @@ def _small_reference(reference: Reference, features: FeatureTable) -> tuple[str,
     """Say when the stated rates rest on too little: a reference's own error is in every check."""
     if reference.n >= BATCHES_OF_REFERENCE * len(features):
         return ()
-    return (
+    words = (
         f"the reference has {reference.n} pictures, under {BATCHES_OF_REFERENCE} times the batch:"
-        " false alarms may come more often than stated",
+        " false alarms may come more often than stated"
     )
+    return (words,)
 
 
 def stream_words(state: StreamState, settings: Settings) -> str:
