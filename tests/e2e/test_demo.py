@@ -127,7 +127,7 @@ def test_estimates_are_settled_by_late_labels(registry: Registry) -> None:
     assert len(settled) == 6
     for check in settled:
         metrics = check.metrics
-        assert metrics["accuracy.settled_n"] > 40
+        assert metrics["accuracy.settled_n"] > 15  # of those that are judged on
         assert metrics["accuracy.settled_low"] <= metrics["accuracy.settled"]
         assert metrics["accuracy.estimate_error"] == pytest.approx(
             metrics["accuracy.estimated"] - metrics["accuracy.settled"]

@@ -334,15 +334,15 @@ def _detail(name: str, args: tuple[Any, ...]) -> str:
     return " ".join(str(a)[:30] for a in args[1:3] if isinstance(a, str))
 
 
-def _short_report(path: Path, **_: object) -> None:
+def _short_report(path: Path, _: object, **__: object) -> None:
     path.write_text("a report takes Evidently seconds, and one chain writes a real one\n")
 
 
 def _halved(write: Callable[..., None], boundaries: Boundaries) -> Callable[..., None]:
     """Write the real report, with a boundary where half of it is on disk."""
 
-    def written(path: Path, **arguments: Any) -> None:
-        write(path, **arguments)
+    def written(path: Path, page_: Any, **arguments: Any) -> None:
+        write(path, page_, **arguments)
         page = path.read_bytes()
         path.write_bytes(page[: len(page) // 2])
         boundaries.here("in the report, with half of it written")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deployments" / "prefect.yaml"
 MODEL, POOL = "digits", "scheduling-test"
 FLOWS = ("watch", "retrain", "promote", "rollback")
-PATIENCE = 45.0
+PATIENCE = 120.0
 
 
 def ask(server: str, path: str, body: dict[str, Any]) -> Any:
