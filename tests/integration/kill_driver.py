@@ -42,6 +42,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.orm import configure_mappers
 
 import flows.bootstrap
+import flows.charts
 import flows.registry
 import flows.retrain
 import monitoring.report
@@ -338,6 +339,10 @@ def _short_report(path: Path, _: object, **__: object) -> None:
     path.write_text("a report takes Evidently seconds, and one chain writes a real one\n")
 
 
+def _short_chart(path: Path, *_: object) -> None:
+    path.write_bytes(b"a chart takes matplotlib a second")
+
+
 def _halved(write: Callable[..., None], boundaries: Boundaries) -> Callable[..., None]:
     """Write the real report, with a boundary where half of it is on disk."""
 
@@ -425,6 +430,8 @@ def _child(
     monitoring.report.write_report = (
         _halved(write, boundaries) if real_report else cast("Any", _short_report)
     )
+    flows.charts.draw_confusions = _short_chart
+    flows.charts.draw_still_wrong = cast("Any", _short_chart)
     boundaries.install()
     error, book = "", None
     try:
