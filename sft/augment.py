@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from sft.ranges import at_least_one, below_one, not_negative
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,16 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
-        for name in ("shift_pixels", "rotate", "brightness"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        not_negative(self, "shift_pixels", "rotate", "brightness")
         if not 0 < self.crop <= 1:
             raise ValueError(f"crop must be above 0 and at most 1, got {self.crop}")
-        if not 0 <= self.contrast < 1:
-            raise ValueError(f"contrast must be at least 0 and below 1, got {self.contrast}")
-        if not self.rare >= 1:
-            raise ValueError(f"rare must be at least 1, got {self.rare}")
+        below_one(self, "contrast")
+        at_least_one(self, "rare")
+
+    @property
+    def augments(self) -> bool:
+        """Whether anything is changed."""
+        return any(getattr(self, one.name) != one.default for one in fields(Augmentation))
 
 
 def strengths(labels: Tensor, counts: Tensor, rare: float) -> Tensor:

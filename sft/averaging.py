@@ -10,9 +10,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sft.dataset import LabelledPictures
+from sft.evaluate import mean_loss
 from sft.models import ModelError, Network
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -100,7 +100,7 @@ def choose_alpha(
     tried = []
     for alpha in sorted(set(grid)):
         network = interpolate(champion, tuned, alpha)
-        tried.append(Tried(alpha, *_validate(network, sets)))
+        tried.append(Tried(alpha, *mean_loss(network, sets)))
     best = min(tried, key=lambda one: (_or_infinite(one.loss), -one.alpha))
     return Choice(interpolate(champion, tuned, best.alpha), best.alpha, tuple(tried))
 
@@ -224,17 +224,6 @@ def _check_shapes(
         raise ModelError(
             f"the networks do not have the same weights, so no average: {'; '.join(wrong[:3])}"
         )
-
-
-def _validate(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float, float]:
-    """Give mean loss and accuracy over the sets, each set with the same weight."""
-    losses, accuracies = [], []
-    with torch.inference_mode():
-        for data in sets:
-            logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
-            losses.append(functional.cross_entropy(logits, data.labels).item())
-            accuracies.append((logits.argmax(1) == data.labels).float().mean().item())
-    return sum(losses) / len(losses), sum(accuracies) / len(accuracies)
 
 
 def _or_infinite(loss: float) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sft.batchnorm import DomainNorm
 from sft.dataset import LabelledPictures
 from sft.models import Network
+from sft.modes import evaluating
 from sft.strategies import Phase, Stage, activations, boundary, stages
 
 BATCH_SIZE = 64
@@ -331,7 +332,6 @@ def _split(network: Network, at: str) -> tuple[tuple[Stage, ...], tuple[Stage, .
 def _outputs(network: Network, units: Sequence[str]) -> dict[str, Any]:
     """Run one empty picture; give what each of these modules gave, of those that ran once."""
     seen: dict[str, list[Any]] = {name: [] for name in units}
-    modes = {part: part.training for part in network.modules()}
     with contextlib.ExitStack() as stack:
         for name in units:
             module = network.get_submodule(name)
@@ -340,13 +340,8 @@ def _outputs(network: Network, units: Sequence[str]) -> dict[str, Any]:
                 seen[name].append(output)
 
             stack.callback(module.register_forward_hook(note).remove)
-        network.eval()
-        try:
-            with torch.no_grad():
-                network(_empty_picture(network))
-        finally:
-            for part, training in modes.items():
-                part.training = training
+        with evaluating(network), torch.no_grad():
+            network(_empty_picture(network))
     return {name: given[0] for name, given in seen.items() if len(given) == 1}
 
 
@@ -370,15 +365,8 @@ def _replaced(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
 
 def _agree(network: Network, tail: Tail, pixels: Tensor) -> bool:
     """Whether nothing but the boundary leads from the frozen part to the rest."""
-    modes = {part: part.training for part in [*network.modules(), *tail.modules()]}
-    network.eval()
-    tail.eval()
-    try:
-        with torch.no_grad():
-            whole, rest = network(pixels), tail(activations(network, tail.at, pixels))
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    with evaluating(network, tail), torch.no_grad():
+        whole, rest = network(pixels), tail(activations(network, tail.at, pixels))
     return whole.shape == rest.shape and torch.allclose(whole, rest, rtol=1e-3, atol=1e-4)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from sft.dataset import LabelledPictures
 from sft.models import Network
@@ -61,3 +64,20 @@ def confusion(answers: Answers, classes: int) -> NDArray[np.int64]:
     table = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(table, (answers.labels, answers.predicted), 1)
     return table
+
+
+def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float, float]:
+    """Give cross-entropy and accuracy, each set with the same weight.
+
+    Empty sets are left out; without any sample both are NaN. The network's mode stays as it is.
+    """
+    losses, accuracies = [], []
+    with torch.inference_mode():
+        for data in sets:
+            if len(data):
+                logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
+                losses.append(functional.cross_entropy(logits, data.labels).item())
+                accuracies.append((logits.argmax(1) == data.labels).float().mean().item())
+    if not losses:
+        return math.nan, math.nan
+    return sum(losses) / len(losses), sum(accuracies) / len(accuracies)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sft.modes import evaluating
+
 
 def class_weights(labels: Tensor, classes: int, *, most: float = 10.0) -> Tensor:
     """Weight each class by the inverse of its share, so that each counts the same.
@@ -32,36 +34,6 @@ def class_weights(labels: Tensor, classes: int, *, most: float = 10.0) -> Tensor
     return weights
 
 
-class L2SP:
-    """λ/2 · ‖w - w₀‖²: keep the weights near those of the champion (Li et al. 2018, L2-SP).
-
-    A head that was widened is held only in the rows that the champion had.
-    """
-
-    def __init__(self, start: Mapping[str, Tensor], strength: float) -> None:
-        if strength < 0:
-            raise ValueError(f"l2_sp must not be negative, got {strength}")
-        self.start = {name: value.detach().clone() for name, value in start.items()}
-        self.strength = strength
-
-    def __call__(
-        self,
-        network: nn.Module,
-        pixels: Tensor | None = None,
-        logits: Tensor | None = None,
-        is_old: Tensor | None = None,
-    ) -> Tensor:
-        """Return the penalty (a scalar) for the trainable weights as they are now."""
-        del pixels, logits, is_old
-        total = torch.zeros(())
-        for name, weight in network.named_parameters():
-            if weight.requires_grad and name in self.start:
-                before = self.start[name]
-                kept = weight if weight.shape == before.shape else weight[: len(before)]
-                total = total + (kept - before).square().sum()
-        return 0.5 * self.strength * total
-
-
 class Penalty(Protocol):
     """A term of λ · L_pre, added to the loss of a batch."""
 
@@ -80,21 +52,16 @@ class Penalty(Protocol):
         ...
 
 
-class EWC:
-    """λ/2 · Σ F (w - w₀)²: hold what the old answers depend on (Kirkpatrick et al. 2017).
+class _Held:
+    """λ/2 times what it costs that the weights left those of the champion.
 
-    F has a mean of 1 (see `fisher`), so the strength has the scale of L2-SP's: with F = 1
-    everywhere, both are the same. A head that was widened is held only in the rows that the
-    champion had.
+    A head that was widened is held only in the rows that the champion had.
     """
 
-    def __init__(
-        self, start: Mapping[str, Tensor], fisher: Mapping[str, Tensor], strength: float
-    ) -> None:
+    def __init__(self, start: Mapping[str, Tensor], strength: float, setting: str) -> None:
         if strength < 0:
-            raise ValueError(f"ewc must not be negative, got {strength}")
-        self.start = {name: start[name].detach().clone() for name in fisher}
-        self.fisher = dict(fisher)
+            raise ValueError(f"{setting} must not be negative, got {strength}")
+        self.start = {name: value.detach().clone() for name, value in start.items()}
         self.strength = strength
 
     def __call__(
@@ -108,11 +75,39 @@ class EWC:
         del pixels, logits, is_old
         total = torch.zeros(())
         for name, weight in network.named_parameters():
-            if weight.requires_grad and name in self.fisher:
+            if weight.requires_grad and name in self.start:
                 before = self.start[name]
                 kept = weight if weight.shape == before.shape else weight[: len(before)]
-                total = total + (self.fisher[name] * (kept - before).square()).sum()
+                total = total + self._cost(name, (kept - before).square())
         return 0.5 * self.strength * total
+
+    def _cost(self, name: str, squares: Tensor) -> Tensor:
+        del name
+        return squares.sum()
+
+
+class L2SP(_Held):
+    """λ/2 · ‖w - w₀‖²: keep the weights near those of the champion (Li et al. 2018, L2-SP)."""
+
+    def __init__(self, start: Mapping[str, Tensor], strength: float) -> None:
+        super().__init__(start, strength, "l2_sp")
+
+
+class EWC(_Held):
+    """λ/2 · Σ F (w - w₀)²: hold what the old answers depend on (Kirkpatrick et al. 2017).
+
+    F has a mean of 1 (see `fisher`), so the strength has the scale of L2-SP's: with F = 1
+    everywhere, both are the same.
+    """
+
+    def __init__(
+        self, start: Mapping[str, Tensor], fisher: Mapping[str, Tensor], strength: float
+    ) -> None:
+        super().__init__({name: start[name] for name in fisher}, strength, "ewc")
+        self.fisher = dict(fisher)
+
+    def _cost(self, name: str, squares: Tensor) -> Tensor:
+        return (self.fisher[name] * squares).sum()
 
 
 def fisher(
@@ -149,9 +144,7 @@ def fisher(
         )
     moving = {name: w for name, w in network.named_parameters() if w.requires_grad}
     total = {name: torch.zeros_like(weight) for name, weight in moving.items()}
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
+    with evaluating(network):
         for place in range(len(pixels)):
             log_odds = network(pixels[place : place + 1]).log_softmax(1)[0]
             if labels is None:
@@ -164,9 +157,6 @@ def fisher(
             for name, gradient in zip(moving, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient.square()
-    finally:
-        for part, training in modes.items():
-            part.training = training
     count = sum(value.numel() for value in total.values())
     mean = float(sum(value.sum(dtype=torch.float64) for value in total.values())) / max(1, count)
     if not 0 < mean < float("inf"):

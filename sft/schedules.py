@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from sft.ranges import at_least_one, below_one, not_negative, positive
 
 START_OF_CYCLE = 25.0
 END_OF_CYCLE = 1e4
@@ -33,43 +35,36 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
 
 
-class RateSettings(Protocol):
-    """The part of the training settings that this module reads."""
+@dataclass(frozen=True)
+class RateSettings:
+    """How large the steps are.
 
-    @property
-    def optimiser(self) -> Optimiser:
-        """Which one."""
-        ...
+    Attributes:
+        optimiser: which one.
+        learning_rate: at its full height.
+        momentum: of SGD.
+        weight_decay: pull towards zero.
+        schedule: how the rate changes; see `make_schedule`.
+        step_epochs: epochs between two falls of `step`.
+        step_factor: what each of them multiplies the rate by.
+        warmup: share of the steps in which the rate rises to its full height.
+    """
 
-    @property
-    def momentum(self) -> float:
-        """Of SGD."""
-        ...
+    optimiser: Optimiser = Optimiser.ADAMW
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Schedule = Schedule.COSINE
+    step_epochs: int = 10
+    step_factor: float = 0.1
+    warmup: float = 0.0
 
-    @property
-    def weight_decay(self) -> float:
-        """Pull towards zero."""
-        ...
-
-    @property
-    def schedule(self) -> Schedule:
-        """Which one."""
-        ...
-
-    @property
-    def step_epochs(self) -> int:
-        """Epochs between two steps of `step`."""
-        ...
-
-    @property
-    def step_factor(self) -> float:
-        """What each of them multiplies the rate by."""
-        ...
-
-    @property
-    def warmup(self) -> float:
-        """Share of the steps in which the rate rises to its full height."""
-        ...
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        at_least_one(self, "step_epochs")
+        positive(self, "learning_rate", "step_factor")
+        not_negative(self, "weight_decay")
+        below_one(self, "momentum", "warmup")
 
 
 def make_optimiser(groups: list[dict[str, Any]], settings: RateSettings) -> Optimizer:
@@ -111,8 +106,7 @@ def make_schedule(
             case Schedule.CONSTANT:
                 return 1.0
 
-    with torch.no_grad():
-        return LambdaLR(optimiser, factor)
+    return LambdaLR(optimiser, factor)
 
 
 def _one_cycle(done: float) -> float:

@@ -7,16 +7,15 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from sft.augment import Augmentation
 from sft.cache import ActivationCache, Tail
 from sft.dataset import LabelledPictures
+from sft.evaluate import mean_loss
 from sft.models import Network
 from sft.strategies import Strategy, boundary, phases
 from sft.train import TrainingError, TrainingSettings, fine_tune
@@ -60,7 +59,7 @@ class Tried:
     @property
     def loss(self) -> float:
         """Mean of both losses, fresh and old with the same weight."""
-        return self.fresh if math.isnan(self.old) else (self.fresh + self.old) / 2
+        return _both(self.fresh, self.old)
 
 
 @dataclass(frozen=True)
@@ -308,15 +307,13 @@ def _leave_out(
 
 def _head_only(settings: TrainingSettings) -> TrainingSettings:
     """Tune the head on embeddings, with what makes no sense there turned off."""
-    plain: dict[str, Any] = asdict(Augmentation())
     return replace(
-        settings,
+        settings.without_augmentation(),
         strategy=Strategy.HEAD,
         freeze_first=0,
         train_last=0,
         interpolate=False,
         mixup=0.0,
-        **plain,
     )
 
 
@@ -325,7 +322,7 @@ def _frozen_part(
 ) -> tuple[Network, Callable[[LabelledPictures], LabelledPictures]]:
     """Give what follows the frozen part, and what turns pictures into what it takes."""
     whole = copy.deepcopy(network).to(memory_format=torch.channels_last)
-    at = boundary(whole, phases(whole, settings.moves)[0])
+    at = boundary(whole, phases(whole, settings)[0])
     if at is None:
         return whole, lambda data: data
     try:
@@ -354,9 +351,7 @@ def _losses(network: Network, fold: _Fold, settings: TrainingSettings) -> tuple[
 def _loss(network: Network, data: LabelledPictures | None) -> float:
     if data is None or not len(data):
         return math.nan
-    with torch.inference_mode():
-        logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
-        loss = functional.cross_entropy(logits, data.labels).item()
+    loss, _ = mean_loss(network, [data])
     return loss if math.isfinite(loss) else math.inf
 
 

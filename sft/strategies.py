@@ -15,6 +15,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from sft.batchnorm import DomainNorm
 from sft.models import Network
+from sft.modes import evaluating
+from sft.ranges import at_least_one, not_negative
 
 LEAST_BLOCKS = 3
 """A trunk with fewer children of several layers is opened: SqueezeNet's is one `features`."""
@@ -68,11 +70,8 @@ class StrategySettings:
             raise ValueError(
                 f"strategy must be one of {', '.join(Strategy)}, got {self.strategy!r}"
             )
-        for name in ("freeze_first", "train_last"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.surgical_first < 1:
-            raise ValueError(f"surgical_first must be at least 1, got {self.surgical_first}")
+        not_negative(self, "freeze_first", "train_last")
+        at_least_one(self, "surgical_first")
         if not 0 < self.head_share < 1:
             raise ValueError(f"head_share must lie between 0 and 1, got {self.head_share}")
         for name in ("second_rate", "backbone_rate"):
@@ -281,36 +280,15 @@ def activations(network: Network, at: str, pixels: Tensor) -> Tensor:
     """
     seen: list[Tensor] = []
     module = network.get_submodule(at)
-    modes = {part: part.training for part in network.modules()}
     hook = module.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
-    network.eval()
     try:
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
             network(pixels)
     finally:
         hook.remove()
-        for part, training in modes.items():
-            part.training = training
     if len(seen) != 1:
         raise ValueError(f"{at} runs {len(seen)} times in a pass: activations cannot be cached")
     return seen[0]
-
-
-def resume(network: Network, at: str, cached: Tensor) -> Tensor:
-    """Run what follows the boundary: cached activations (n, …) to logits (n, classes).
-
-    The frozen part runs on one empty picture, whose activations are replaced.
-    """
-    preprocessing = network.config.preprocessing
-    side = preprocessing.image_size
-    empty = torch.zeros(1, preprocessing.channels, side, side, dtype=torch.uint8)
-    module = network.get_submodule(at)
-    hook = module.register_forward_pre_hook(lambda _, given: (cached, *given[1:]))
-    try:
-        logits: Tensor = network(empty.to(cached.device))
-    finally:
-        hook.remove()
-    return logits
 
 
 def check_momentum(network: nn.Module, steps: int) -> list[str]:

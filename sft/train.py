@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from sft.augment import Augmentation, augment, strengths
 from sft.averaging import choose_alpha
 from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
+from sft.evaluate import mean_loss
 from sft.models import Network
 from sft.objectives import (
     EWC,
@@ -33,10 +35,10 @@ from sft.objectives import (
     soft_cross_entropy,
     soft_targets,
 )
-from sft.schedules import Optimiser, Schedule, make_optimiser, make_schedule
+from sft.ranges import at_least_one, below_one, not_negative, positive
+from sft.schedules import RateSettings, make_optimiser, make_schedule
 from sft.strategies import (
     Phase,
-    Strategy,
     StrategySettings,
     apply,
     correct_momentum,
@@ -62,19 +64,18 @@ class StopBy(StrEnum):
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(StrategySettings, RateSettings, Augmentation):
     """How a network is fine-tuned.
 
     The defaults are what won on real pictures: rehearsal of old samples is the term that no default
     may lack (a new domain learned at 45 % with the old one at 62 %, against 47/33 without it), then
     a weak pull towards the champion (46/62), with batch-norm statistics frozen (77 against 74).
 
+    What may move, how large the steps are and how far pictures are changed is told by the settings
+    that these extend.
+
     Attributes:
         epochs, batch_size: `epochs` at most; a batch holds fresh and rehearsed samples.
-        strategy, freeze_first, train_last, surgical_first, head_share, second_rate, backbone_rate:
-            what may move, and how fast; see `sft.strategies.StrategySettings`.
-        optimiser, learning_rate, momentum, weight_decay: `momentum` is SGD's.
-        schedule, step_epochs, step_factor, warmup: see `sft.schedules`.
         rehearsal: share of each batch that is old samples.
         l2_sp, ewc, distillation, temperature, dark_experience: strengths of the terms of L_pre that
             hold the champion's weights or answers; see `sft.objectives`. 0 turns one off.
@@ -82,8 +83,6 @@ class TrainingSettings:
         balanced: each class is drawn equally often, with repetition.
         label_smoothing, mixup, dropout: against overfitting; `dropout` acts before the head.
         freeze_batch_norm: keep the champion's batch-norm statistics.
-        shift_pixels, flip, crop, rotate, brightness, contrast, rare: augmentation of each picture;
-            see `sft.augment.Augmentation`.
         views: augmented views of each picture that are kept where a part is frozen and runs once;
             0 augments anew in each epoch, from pictures.
         stop_by, patience: epochs without a better validation loss, or accuracy, before it stops.
@@ -94,21 +93,6 @@ class TrainingSettings:
 
     epochs: int = 30
     batch_size: int = 64
-    strategy: Strategy = Strategy.FULL
-    freeze_first: int = 0
-    train_last: int = 0
-    surgical_first: int = 2
-    head_share: float = 0.3
-    second_rate: float = 0.1
-    backbone_rate: float = 1.0
-    optimiser: Optimiser = Optimiser.ADAMW
-    learning_rate: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: Schedule = Schedule.COSINE
-    step_epochs: int = 10
-    step_factor: float = 0.1
-    warmup: float = 0.0
     rehearsal: float = 0.5
     l2_sp: float = 0.01
     ewc: float = 0.0
@@ -121,13 +105,6 @@ class TrainingSettings:
     mixup: float = 0.0
     dropout: float = 0.0
     freeze_batch_norm: bool = True
-    shift_pixels: int = 0
-    flip: bool = False
-    crop: float = 1.0
-    rotate: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    rare: float = 1.0
     views: int = 0
     stop_by: StopBy = StopBy.LOSS
     patience: int = 6
@@ -137,49 +114,17 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
-        for name in ("epochs", "batch_size", "patience", "step_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm", "temperature", "step_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in (
-            "weight_decay", "l2_sp", "ewc", "distillation", "dark_experience", "mixup", "views",
-        ):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("rehearsal", "momentum", "label_smoothing", "dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
-                )
-        _ = self.moves, self.augmentation
+        for part in (StrategySettings, RateSettings, Augmentation):
+            part.__post_init__(self)
+        at_least_one(self, "epochs", "batch_size", "patience")
+        positive(self, "clip_norm", "temperature")
+        not_negative(self, "l2_sp", "ewc", "distillation", "dark_experience", "mixup", "views")
+        below_one(self, "rehearsal", "label_smoothing", "dropout")
 
-    @property
-    def augmentation(self) -> Augmentation:
-        """How far pictures may be changed."""
-        return Augmentation(
-            shift_pixels=self.shift_pixels,
-            flip=self.flip,
-            crop=self.crop,
-            rotate=self.rotate,
-            brightness=self.brightness,
-            contrast=self.contrast,
-            rare=self.rare,
-        )
-
-    @property
-    def moves(self) -> StrategySettings:
-        """What may move, and how fast."""
-        return StrategySettings(
-            strategy=self.strategy,
-            freeze_first=self.freeze_first,
-            train_last=self.train_last,
-            surgical_first=self.surgical_first,
-            head_share=self.head_share,
-            second_rate=self.second_rate,
-            backbone_rate=self.backbone_rate,
-        )
+    def without_augmentation(self) -> TrainingSettings:
+        """Change no picture."""
+        plain: dict[str, Any] = asdict(Augmentation())
+        return replace(self, **plain)
 
 
 @dataclass(frozen=True)
@@ -257,7 +202,7 @@ def fine_tune(
     network.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(settings.seed)
     try:
-        plan = phases(network, settings.moves, new_head=network.config != champion.config)
+        plan = phases(network, settings, new_head=network.config != champion.config)
         epochs = epochs_of(plan, settings.epochs)
         terms = _terms(champion, memory, settings, generator)
     except ValueError as error:
@@ -321,8 +266,7 @@ class _Job:
     @cached_property
     def counts(self) -> Tensor:
         """Samples of each class to train on, int64 (classes,)."""
-        sets = [self.fresh, *([] if self.rehearsed is None else [self.rehearsed])]
-        labels = torch.cat([data.labels for data in sets])
+        labels = _labels(self.fresh, self.rehearsed)
         return torch.bincount(labels, minlength=len(self.network.config.classes))
 
     @property
@@ -390,7 +334,7 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         balanced=settings.balanced,
     ):
         strength = strengths(labels, job.counts, settings.rare)
-        seen = augment(pixels, settings.augmentation, job.generator, strength)
+        seen = augment(pixels, settings, job.generator, strength)
         classes = len(network.config.classes)
         targets = soft_targets(labels, classes, smoothing=settings.label_smoothing)
         seen, targets = mixup(seen, targets, settings.mixup, job.generator)
@@ -426,7 +370,7 @@ def _cached(
 
     def change(data: LabelledPictures, generator: torch.Generator) -> Tensor:
         strength = strengths(data.labels, job.counts, settings.rare)
-        return augment(data.pixels, settings.augmentation, generator, strength)
+        return augment(data.pixels, settings, generator, strength)
 
     part = cut(
         job.network,
@@ -435,7 +379,7 @@ def _cached(
         job.fresh,
         memory=job.rehearsed,
         validation=validation,
-        change=None if settings.augmentation == Augmentation() else change,
+        change=change if settings.augments else None,
         views=settings.views,
         seed=settings.seed,
     )
@@ -451,7 +395,7 @@ def _cached(
         job,
         network=part.network,
         terms=tuple(terms),
-        settings=replace(settings, **asdict(Augmentation())),
+        settings=settings.without_augmentation(),
     )
     return [replace(job, fresh=new, rehearsed=old) for new, old in part.views], part.validation
 
@@ -512,8 +456,7 @@ def _dropout(network: Network, p: float) -> Iterator[None]:
 def _check_labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> None:
     if not len(fresh):
         raise TrainingError("there is no fresh sample to train on")
-    kinds = set(fresh.labels.tolist()) | set(memory.labels.tolist() if memory is not None else [])
-    if len(kinds) < 2:  # noqa: PLR2004 - one class leaves nothing to learn
+    if len(_labels(fresh, memory).unique()) < 2:  # noqa: PLR2004 - one class leaves nothing to learn
         raise TrainingError("the labels are of one class only: nothing can be learned from them")
 
 
@@ -525,25 +468,19 @@ def _loss_weights(
 ) -> Tensor | None:
     if not settings.class_weights:
         return None
-    labels = fresh.labels if memory is None else torch.cat([fresh.labels, memory.labels])
-    return class_weights(labels, len(network.config.classes))
+    return class_weights(_labels(fresh, memory), len(network.config.classes))
+
+
+def _labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> Tensor:
+    """Give the labels of all that is trained on."""
+    return fresh.labels if memory is None else torch.cat([fresh.labels, memory.labels])
 
 
 def _validated(
     network: Network, number: int, train_loss: float, validation: tuple[LabelledPictures, ...]
 ) -> Epoch:
     network.eval()
-    losses, accuracies = [], []
-    with torch.inference_mode():
-        for data in validation:
-            if not len(data):
-                continue
-            logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
-            losses.append(functional.cross_entropy(logits, data.labels).item())
-            accuracies.append((logits.argmax(1) == data.labels).float().mean().item())
-    if not losses:
-        return Epoch(number, train_loss, math.nan, math.nan)
-    return Epoch(number, train_loss, sum(losses) / len(losses), sum(accuracies) / len(accuracies))
+    return Epoch(number, train_loss, *mean_loss(network, validation))
 
 
 def _snapshot(network: Network) -> dict[str, Tensor]:

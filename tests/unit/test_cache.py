@@ -226,7 +226,7 @@ def tune(start: Network, fresh: LabelledPictures, memory: LabelledPictures) -> d
 def test_tuning_the_head_from_activations_is_tuning_the_head() -> None:
     """The one loop ends at the same head, with rehearsal, L2-SP and distillation."""
     of, fresh, memory = network(), pictures(seed=1), pictures(40, seed=2)
-    phase = phases(of, SETTINGS.moves)[0]
+    phase = phases(of, SETTINGS)[0]
     part = cut(of, phase, ActivationCache(), fresh, memory=memory)
     assert part is not None
     ((given, old),) = part.views
@@ -250,7 +250,7 @@ def test_the_whole_network_learns_what_its_tail_learns() -> None:
 def test_augmented_views_are_drawn_once_for_each_turn() -> None:
     """Each view has its own activations; validation has none; another training finds them again."""
     of, data, held, cache = network(), pictures(), pictures(6, seed=9), ActivationCache()
-    phase = phases(of, SETTINGS.moves)[0]
+    phase = phases(of, SETTINGS)[0]
 
     def noisy(given: LabelledPictures, generator: torch.Generator) -> Tensor:
         return given.pixels ^ torch.randint(
@@ -279,7 +279,7 @@ def test_nothing_is_cut_where_it_would_be_wrong() -> None:
     """Everything moves; no room; or something else than the boundary leads to the rest."""
     of, data = network(), pictures()
     full = phases(of, StrategySettings())[0]
-    head = phases(of, SETTINGS.moves)[0]
+    head = phases(of, SETTINGS)[0]
     assert cut(of, full, ActivationCache(), data) is None
     assert cut(of, head, ActivationCache(24 * 128 * 4 - 1), data) is None
     assert cut(of, head, ActivationCache(24 * 128 * 4), data) is not None
@@ -294,6 +294,6 @@ def test_nothing_is_cut_where_it_would_be_wrong() -> None:
             return self.last(hidden.relu()) + hidden[:, :3]
 
     around = Network(of.config, Around())
-    phase = phases(around, SETTINGS.moves)[0]
+    phase = phases(around, SETTINGS)[0]
     assert boundary(around, phase) == "body.last"
     assert cut(around, phase, ActivationCache(), data) is None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sft.cache import Tail
 from sft.models import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, Network, build
 from sft.pictures import Preprocessing
 from sft.strategies import (
@@ -20,7 +21,6 @@ from sft.strategies import (
     epochs_of,
     parameter_groups,
     phases,
-    resume,
     stages,
     training_mode,
 )
@@ -306,7 +306,7 @@ def test_cached_activations_stand_for_the_frozen_part(architecture: str) -> None
         cached = activations(network, at, pixels)
         assert not cached.requires_grad
         with torch.inference_mode():
-            torch.testing.assert_close(resume(network, at, cached), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(Tail(network, at)(cached), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_training_from_the_cache_has_the_gradients_of_a_whole_pass(network: Network) -> None:
@@ -322,7 +322,7 @@ def test_training_from_the_cache_has_the_gradients_of_a_whole_pass(network: Netw
     assert at is not None
     cached = activations(network, at, pictures())
     assert network.body.block3.training
-    resume(network, at, cached).square().sum().backward()
+    Tail(network, at)(cached).square().sum().backward()
     found = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys() == phase.trainable
     for name, gradient in expected.items():
