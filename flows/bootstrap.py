@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from rich.progress import Progress
 from scipy.stats import binomtest
 
 from flows.batches import read_batch
+from flows.digest import digest
 from flows.feed import describe_batch
 from flows.intake import About
 from flows.labels import read_label_file
@@ -298,4 +298,4 @@ def _key(settings: Settings, pictures: LabelledPictures, adopt: str | None) -> s
         "data": list(zip(pictures.sample_ids, pictures.labels.tolist(), strict=True)),
         "adopt": hashlib.sha256(Path(adopt).read_bytes()).hexdigest() if adopt else None,
     }
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:32]
+    return digest(stated)[:32]

@@ -7,8 +7,6 @@ of their own.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +21,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.batches import read_batch
+from flows.digest import digest
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import BatchData, TooManyBad
@@ -154,8 +153,7 @@ class Decides(Protocol):
 def stamp_of(batch: Batch, settings: Settings) -> str:
     """Name the state of a batch and of the settings that a check may fail by."""
     stated = [asdict(part) for part in (settings.feed, settings.detection, settings.checks)]
-    encoded = json.dumps(stated, sort_keys=True, default=str).encode()
-    return f"{batch.stamp}-{hashlib.sha256(encoded).hexdigest()[:8]}"
+    return f"{batch.stamp}-{digest(stated)[:8]}"
 
 
 def is_tested(record: CheckRecord) -> bool:
@@ -204,7 +202,7 @@ def check(
         own.require_finite("batch")
     except ValueError as error:
         return _fail(registry, batch, champion, run_id, str(error))
-    waiting, tested, lost = _with_waiting(registry, past, batch, own)
+    tested, notes = _with_waiting(registry, past, batch, own)
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
         folder = Path(name)
         own.save(folder / "features.parquet")
@@ -221,12 +219,11 @@ def check(
             _log_files(registry, run_id, folder)
             return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
         try:
-            measured = measure(
-                settings, against.reference, tested, past, (*_pooled_words(waiting), *lost)
-            )
+            measured = measure(settings, against.reference, tested, past, notes)
         except ValueError as error:  # such as a reference that is too small for alpha
             return _fail(registry, batch, champion, run_id, str(error))
-        decision = decider.decide(_evidence_of(batch, measured, settings))
+        metrics = _metrics(measured, len(own), len(read.quarantined))
+        decision = decider.decide(evidence_of(batch.id, metrics, settings))
         _write_report(
             folder / "report.html",
             registry,
@@ -239,7 +236,6 @@ def check(
             decision,
         )
         _log_files(registry, run_id, folder)
-    metrics = _metrics(measured, len(own), len(read.quarantined))
     registry.chart(champion.number, metrics, step=len(past.records) + 1)
     registry.log(
         run_id,
@@ -285,9 +281,10 @@ def measure(
     found = detect_drift(reference, features, settings.detection)
     slices = check_slices(reference, features, settings.checks.slices, settings.detection)
     p_value = joined(found.p_value, slices)
-    evidence = StreamEvidence(p_value, bets(reference, features))
     # what is on record is rounded: the same is added up now as later
-    _, stream = past.step(StreamEvidence.from_json(evidence.to_json()))
+    exact = StreamEvidence(p_value, bets(reference, features))
+    evidence = StreamEvidence.from_json(exact.to_json())
+    _, stream = past.step(evidence)
     return Measured(
         features=features,
         detection=replace(found, alarm=stream.alarm, p_value=p_value),
@@ -327,11 +324,15 @@ def stream_words(state: StreamState, settings: Settings) -> str:
 
 def evidence_on_record(record: CheckRecord, settings: Settings) -> Evidence:
     """Read what a check found, with the labels that came since."""
-    metrics = record.metrics
+    return evidence_of(record.key.batch_id, record.metrics, settings)
+
+
+def evidence_of(batch_id: str, metrics: Mapping[str, float], settings: Settings) -> Evidence:
+    """Give what the policy decides on, from the figures that stand on record."""
     settled_n = int(metrics.get("accuracy.settled_n", 0))  # 0 again once labels are withdrawn
     return Evidence(
-        batch_id=record.key.batch_id,
-        alarm=record.alarm,
+        batch_id=batch_id,
+        alarm=metrics["drift.alarm"] > 0,
         p_value=metrics["drift.p_value"],
         alpha=metrics["drift.alpha"],
         estimated=metrics["accuracy.estimated"],
@@ -357,11 +358,11 @@ def settle_check(
         asked: a list of wanted labels was written: see `representative`.
     """
     batch_labels = labels.of_batch(record.key.batch_id)
-    digest = {"sustain.settled": labels_digest(batch_labels)}
+    settled = {"sustain.settled": labels_digest(batch_labels)}
     try:
         features = registry.features(record)
     except RegistryError:  # its artifacts have expired: nothing can be settled any more
-        registry.log(record.run_id, tags=digest)
+        registry.log(record.run_id, tags=settled)
         return None
     classes = registry.config(registry.version(record.key.champion)).classes
     index = {name: place for place, name in enumerate(classes)}
@@ -384,7 +385,7 @@ def settle_check(
             **_settled_slices(registry.settings, features.take(rows), answers),
         }
     registry.log(record.run_id, metrics=metrics)
-    registry.log(record.run_id, tags=digest)
+    registry.log(record.run_id, tags=settled)
     return accuracy
 
 
@@ -404,8 +405,7 @@ def representative(sample_ids: Sequence[str], labels: Mapping[str, str]) -> set[
 
 def labels_digest(labels: Mapping[str, str]) -> str:
     """Name a set of labels of a batch; "" for none."""
-    encoded = json.dumps(sorted(labels.items())).encode()
-    return hashlib.sha256(encoded).hexdigest()[:16] if labels else ""
+    return digest(sorted(labels.items()))[:16] if labels else ""
 
 
 def estimate_track(records: Sequence[CheckRecord]) -> Track:
@@ -435,46 +435,29 @@ def _features(network: Network, read: BatchData, places: Sequence[int]) -> Featu
 
 def _with_waiting(
     registry: Registry, past: Past, batch: Batch, own: FeatureTable
-) -> tuple[list[CheckRecord], FeatureTable, tuple[str, ...]]:
-    """Put a batch together with those that wait; say which of them are lost."""
-    waiting, tables, lost = [], [], []
+) -> tuple[FeatureTable, tuple[str, ...]]:
+    """Put a batch together with those that wait; say which those are, and which are lost."""
+    tables, names, notes = [], [], []
     for record in past.waiting:
-        if record.key.batch_id == batch.id:  # it has grown: its older self does not count twice
+        name = record.key.batch_id
+        if name == batch.id:  # it has grown: its older self does not count twice
             continue
         try:
             tables.append(registry.features(record))
-            waiting.append(record)
+            names.append(name)
         except RegistryError:
-            lost.append(f"the features of {record.key.batch_id}, which waited, are gone")
-    return waiting, (concatenate([*tables, own]) if tables else own), tuple(lost)
+            notes.append(f"the features of {name}, which waited, are gone")
+    if not tables:
+        return own, tuple(notes)
+    samples = sum(map(len, tables))
+    words = f"tested together with {samples} pictures of {', '.join(names)}, too few by themselves"
+    return concatenate([*tables, own]), (words, *notes)
 
 
 def _stream_short(settings: Settings) -> str:
     if settings.stream.method == "per_batch":
         return ""
     return f"at most one false alarm in {settings.stream.run_length:,} quiet batches on average"
-
-
-def _pooled_words(waiting: Sequence[CheckRecord]) -> tuple[str, ...]:
-    if not waiting:
-        return ()
-    names = ", ".join(record.key.batch_id for record in waiting)
-    samples = int(sum(record.metrics.get("batch.samples", 0) for record in waiting))
-    return (f"tested together with {samples} pictures of {names}, too few by themselves",)
-
-
-def _evidence_of(batch: Batch, measured: Measured, settings: Settings) -> Evidence:
-    return Evidence(
-        batch_id=batch.id,
-        alarm=measured.detection.alarm,
-        p_value=measured.detection.p_value,
-        alpha=measured.detection.alpha,
-        estimated=measured.estimate.value,
-        reference=measured.estimate.reference,
-        novelty=measured.estimate.novelty,
-        believable=measured.estimate.believable,
-        stream=_stream_short(settings),
-    )
 
 
 def _settled_slices(
@@ -500,7 +483,7 @@ def _metric_name(column: str, value: str) -> str:
     name = "".join(c if c.isascii() and (c.isalnum() or c in "_-. ") else "_" for c in wanted)[:150]
     if name == wanted:
         return name
-    return f"{name} {hashlib.sha256(wanted.encode()).hexdigest()[:6]}"
+    return f"{name} {digest(wanted)[:6]}"
 
 
 def _metrics(measured: Measured, samples: int, quarantined: int) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -12,6 +10,7 @@ from functools import cached_property
 import pandas as pd
 
 from flows.check import evidence_on_record, is_tested
+from flows.digest import digest
 from flows.feed import Batch
 from flows.fresh import FreshSet, Labels, fresh_set, labels_needed
 from flows.registry import CheckRecord, Registry, Version
@@ -49,9 +48,7 @@ class Decider:
     def attempt(self) -> str:
         """Names what a retraining would try: these labels, by the settings that may refuse them."""
         parts = (self.settings.noise, self.settings.policy, self.settings.gate, self.settings.feed)
-        settings = [asdict(part) for part in parts]
-        stated = json.dumps([self.fresh.digest, settings], sort_keys=True, default=str)
-        return hashlib.sha256(stated.encode()).hexdigest()[:16]
+        return digest([self.fresh.digest, [asdict(part) for part in parts]])[:16]
 
     @cached_property
     def _policy(self) -> PolicySettings:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from flows.batches import read_own_labels
+from flows.digest import digest
 from flows.feed import Batch
 from flows.labels import read_labels
 from flows.settings import Settings
@@ -153,5 +154,4 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "memory": asdict(settings.memory),
         "classes": settings.model.classes,
     }
-    encoded = json.dumps(stated, sort_keys=True, default=str).encode()
-    return hashlib.sha256(encoded).hexdigest()[:32]
+    return digest(stated)[:32]

@@ -8,6 +8,7 @@ back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 
 import torch
 
@@ -19,7 +20,7 @@ from flows.intake import TooManyBad
 from flows.registry import CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
 from monitoring.features import extract
-from monitoring.probation import Comparison, compare_counts
+from monitoring.probation import Comparison, Pairs, compare_pairs, count_pairs
 
 
 def version_before(registry: Registry, champion: Version) -> Version | None:
@@ -78,18 +79,9 @@ def answer_with_before(
     theirs = [network.config.classes[place] for place in seen.predicted]
     now = [classes[answers[name]] == told[name] for name in names]
     then = [said == told[name] for said, name in zip(theirs, names, strict=True)]
-    pairs = list(zip(now, then, strict=True))
-    registry.log(
-        record.run_id,
-        metrics={
-            "before.version": float(before.number),
-            "before.n": float(len(pairs)),
-            "before.right_now": float(sum(now)),
-            "before.right_before": float(sum(then)),
-            "before.only_now": float(sum(a and not b for a, b in pairs)),
-            "before.only_before": float(sum(b and not a for a, b in pairs)),
-        },
-    )
+    pairs = count_pairs(before.number, now, then)
+    counts = {f"before.{name}": float(count) for name, count in asdict(pairs).items()}
+    registry.log(record.run_id, metrics={"before.version": float(before.number), **counts})
 
 
 def compare(before: Version, records: Sequence[CheckRecord]) -> Comparison | None:
@@ -103,7 +95,7 @@ def compare(before: Version, records: Sequence[CheckRecord]) -> Comparison | Non
     if not asked:
         return None
     totals = {
-        name: int(sum(metrics[f"before.{name}"] for metrics in asked))
-        for name in ("n", "right_now", "right_before", "only_now", "only_before")
+        one.name: int(sum(metrics[f"before.{one.name}"] for metrics in asked))
+        for one in fields(Pairs)
     }
-    return compare_counts(before.number, **totals)
+    return compare_pairs(before.number, Pairs(**totals))

@@ -152,6 +152,7 @@ class Registry:
             self.experiment_id = self._experiment()
         except (MlflowException, OSError) as error:
             raise RegistryError(f"MLflow at {self.uri} cannot be used: {error}") from error
+        self._charts: dict[int, str] = {}
         self._fetched: dict[str, Path] = {}
         self._fetched_files: dict[tuple[str, str], Path] = {}
 
@@ -454,14 +455,15 @@ class Registry:
 
     def chart(self, champion: int, metrics: Mapping[str, float], step: int) -> None:
         """Add a point to the champion's own run, where MLflow draws its checks over time."""
-        tags = {"sustain.champion": str(champion)}
-        found = next(self._runs("monitoring", tags), None)
-        run_id = (
-            self._begin_run("monitoring", f"monitoring v{champion}", tags)
-            if found is None
-            else str(found.info.run_id)
-        )
-        self.log(run_id, metrics=metrics, step=step)
+        if champion not in self._charts:
+            tags = {"sustain.champion": str(champion)}
+            found = next(self._runs("monitoring", tags), None)
+            self._charts[champion] = (
+                self._begin_run("monitoring", f"monitoring v{champion}", tags)
+                if found is None
+                else str(found.info.run_id)
+            )
+        self.log(self._charts[champion], metrics=metrics, step=step)
 
     def begin_training(self, name: str, tags: Mapping[str, str]) -> str:
         """Open a training run; return its id. What killed trainings left open is closed as killed.

@@ -6,11 +6,11 @@ import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy import stats
 
+from monitoring.kept import kept_with
 from monitoring.reference import NO_LABEL, Reference, Regime, portions
 
 if TYPE_CHECKING:
@@ -257,15 +257,10 @@ def _polar(embedding: Floats) -> tuple[Floats, Floats]:
     return embedding / np.where(lengths > 0, lengths, 1)[:, None], lengths
 
 
-_INDEXES: WeakKeyDictionary[Regime, _Index] = WeakKeyDictionary()
-"""A world's index is asked for with every batch, and lives as long as the world."""
-
-
+@kept_with
 def _index(world: Regime) -> _Index:
-    index = _INDEXES.get(world)
-    if index is None:
-        index = _INDEXES[world] = _Index.fit(world)
-    return index
+    """Index a world, which is asked for with every batch."""
+    return _Index.fit(world)
 
 
 @dataclass(frozen=True)

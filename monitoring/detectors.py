@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -14,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from monitoring.explain import moved_columns
+from monitoring.kept import kept_with
 from monitoring.reference import (
     MIN_PART,
     Portion,
@@ -22,6 +24,7 @@ from monitoring.reference import (
     halves,
     portions,
     scores,
+    squared_distances,
     whiten,
 )
 
@@ -283,6 +286,22 @@ def _membership(n: int, m: int, permutations: int) -> Floats:
     return columns
 
 
+class _Test(ABC):
+    """What all tests do alike: they differ in how they compare, and in their smallest p."""
+
+    @abstractmethod
+    def compare(self, comparison: Comparison) -> Shift:
+        """Do the same as `detect` with what several tests share."""
+
+    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
+        """Test whether the batch comes from where the regime's rows came from."""
+        return self.compare(Comparison(reference, batch))
+
+    def floor(self, n: int, m: int) -> float:
+        """Give the smallest p that m rows can have against n, at most."""
+        return _fewest(n, m)
+
+
 @dataclass(frozen=True, eq=False)
 class _Kernel:
     """The reference's own part of the kernel: nothing in it depends on the batch, but its size."""
@@ -306,11 +325,6 @@ class _Kernel:
         return self.swapped[m]
 
 
-def _squared(one: Floats, other: Floats) -> Floats:
-    distance = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1) - 2 * one @ other.T
-    return np.asarray(np.maximum(distance, 0, out=distance))
-
-
 def _gaussian(squared: Floats, bandwidth: float) -> Floats:
     squared /= -bandwidth
     return np.asarray(np.exp(np.maximum(squared, -FARTHEST, out=squared), out=squared))
@@ -325,7 +339,7 @@ def _bandwidth(points: Floats) -> float:
     from_centre = ((points - points.mean(axis=0)) ** 2).sum(axis=1)
     step = math.ceil(len(points) / MEDIAN_ROWS)
     some = points[np.argsort(from_centre, kind="stable")[::step]]
-    apart = _squared(some, some)[np.triu_indices(len(some), 1)]
+    apart = squared_distances(some, some)[np.triu_indices(len(some), 1)]
     median = float(np.median(apart)) if apart.size else 0.0
     return 2 * median if median > 0 else float(2 * apart.mean() if apart.any() else 1.0)
 
@@ -335,7 +349,7 @@ def _uncertainty(features: FeatureTable) -> Floats:
 
 
 @dataclass(frozen=True)
-class MMD:
+class MMD(_Test):
     """Maximum mean discrepancy with a Gaussian kernel, by permutation (Gretton et al. 2012).
 
     On the leading whitened dimensions and, weighed as three of them, the model's uncertainty
@@ -353,10 +367,6 @@ class MMD:
         """What the test is called in reports."""
         return "MMD of embeddings"
 
-    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
-        """Test whether embeddings and uncertainty are distributed as they were."""
-        return self.compare(Comparison(reference, batch))
-
     def floor(self, n: int, m: int) -> float:
         """Give the smallest p that m rows can have against n, at most."""
         return max(_fewest(n, m), 0.0 if m >= TAIL_FROM else 1 / (PERMUTATIONS + 1))
@@ -368,8 +378,8 @@ class MMD:
         kernel, theirs = self._sides(comparison)
         n, m = len(kernel.points), len(theirs)
         columns, inside = kernel.swaps(m)
-        across = _gaussian(_squared(theirs, kernel.points), kernel.bandwidth)
-        own = _gaussian(_squared(theirs, theirs), kernel.bandwidth)
+        across = _gaussian(squared_distances(theirs, kernel.points), kernel.bandwidth)
+        own = _gaussian(squared_distances(theirs, theirs), kernel.bandwidth)
         np.fill_diagonal(own, 0)
         ours, swapped = columns[:n], columns[n:]
         mixed = np.einsum("ib,ib->b", swapped, 2 * across @ ours + own @ swapped)
@@ -401,18 +411,25 @@ class MMD:
             both = np.concatenate([ours, theirs]).astype(np.float32)
             kernel = _kernel(both[: len(ours)], weight, _bandwidth(both))
             return kernel, both[len(ours) :]
-        kept = reference.kernels.get(k)
-        if not isinstance(kept, _Kernel):
+        kernels = _kernels(reference)
+        if k not in kernels:
             own = _uncertainty(reference.features)[halves(reference)[1]]
             weight = np.sqrt(UNCERTAINTY_WEIGHT) / own.std() if own.std() > 0 else 0.0
             points = np.column_stack([ours, weight * own]).astype(np.float32)
-            kept = _kernel(points, weight, _bandwidth(points))
-            reference.kernels[k] = kept
-        return kept, np.column_stack([theirs, kept.scale * doubt]).astype(np.float32)
+            kernels[k] = _kernel(points, weight, _bandwidth(points))
+        kernel = kernels[k]
+        return kernel, np.column_stack([theirs, kernel.scale * doubt]).astype(np.float32)
+
+
+@kept_with
+def _kernels(reference: Regime) -> dict[int, _Kernel]:
+    """Hold a regime's own part of the kernel, by the number of dimensions; empty at first."""
+    del reference
+    return {}
 
 
 def _kernel(points: Floats, scale: float, bandwidth: float) -> _Kernel:
-    block = _gaussian(_squared(points, points), bandwidth)
+    block = _gaussian(squared_distances(points, points), bandwidth)
     np.fill_diagonal(block, 0)
     return _Kernel(points, scale, bandwidth, block, block.sum(axis=1))
 
@@ -430,7 +447,7 @@ def _beyond(observed: float, drawn: Floats, m: int) -> float:
 
 
 @dataclass(frozen=True)
-class HotellingT2:
+class HotellingT2(_Test):
     """Hotelling's T² between the mean embeddings, on the leading whitened dimensions.
 
     T²·(n+m-k-1)/(k·(n+m-2)) follows F(k, n+m-k-1) if the embeddings are normal and nothing
@@ -448,10 +465,6 @@ class HotellingT2:
     def name(self) -> str:
         """What the test is called in reports."""
         return "Hotelling T² of embeddings"
-
-    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
-        """Test whether the mean embedding moved."""
-        return self.compare(Comparison(reference, batch))
 
     def floor(self, n: int, m: int) -> float:
         """Give the smallest p that m rows can have against n, at most."""
@@ -547,7 +560,7 @@ def _of_many(p_value: float, tests: int, n: int, m: int) -> float:
 
 
 @dataclass(frozen=True)
-class ScoresKS:
+class ScoresKS(_Test):
     """Kolmogorov and Smirnov's test on confidence, entropy and Mahalanobis distance.
 
     Three tests by Bonferroni, both ways; it sees damage best. Statistic: the largest distance
@@ -560,10 +573,6 @@ class ScoresKS:
     def name(self) -> str:
         """What the test is called in reports."""
         return "KS of confidence, entropy, distance"
-
-    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
-        """Test whether the scores are distributed as they were."""
-        return self.compare(Comparison(reference, batch))
 
     def floor(self, n: int, m: int) -> float:
         """Give the smallest p that m rows can have against n, at most."""
@@ -586,7 +595,7 @@ class ScoresKS:
 
 
 @dataclass(frozen=True)
-class ProbabilitiesKS:
+class ProbabilitiesKS(_Test):
     """Kolmogorov and Smirnov's test on each class's probability, by Bonferroni.
 
     Black-box shift detection (Lipton et al. 2018, Rabanser et al. 2019). Statistic: the largest
@@ -598,14 +607,6 @@ class ProbabilitiesKS:
         """What the test is called in reports."""
         return "KS of class probabilities"
 
-    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
-        """Test whether the probabilities of each class are distributed as they were."""
-        return self.compare(Comparison(reference, batch))
-
-    def floor(self, n: int, m: int) -> float:
-        """Give the smallest p that m rows can have against n, at most."""
-        return _fewest(n, m)
-
     def compare(self, comparison: Comparison) -> Shift:
         """Do the same with what several tests share."""
         ours = comparison.reference.sorted_probabilities
@@ -615,7 +616,7 @@ class ProbabilitiesKS:
 
 
 @dataclass(frozen=True)
-class StatisticsKS:
+class StatisticsKS(_Test):
     """Kolmogorov and Smirnov's test on each picture statistic that varies, by Bonferroni.
 
     It sees a camera that changes before the model does: faint noise, another size, a colour cast.
@@ -626,14 +627,6 @@ class StatisticsKS:
     def name(self) -> str:
         """What the test is called in reports."""
         return "KS of picture statistics"
-
-    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
-        """Test whether each statistic that both sides have is distributed as it was."""
-        return self.compare(Comparison(reference, batch))
-
-    def floor(self, n: int, m: int) -> float:
-        """Give the smallest p that m rows can have against n, at most."""
-        return _fewest(n, m)
 
     def compare(self, comparison: Comparison) -> Shift:
         """Do the same with what several tests share."""
@@ -658,7 +651,7 @@ class StatisticsKS:
 
 
 @dataclass(frozen=True)
-class PredictedClasses:
+class PredictedClasses(_Test):
     """Pearson's chi-squared test that the predicted classes have the same shares.
 
     Rare classes are put together until each group has 5 expected rows on both sides. Under 50
@@ -670,10 +663,6 @@ class PredictedClasses:
     def name(self) -> str:
         """What the test is called in reports."""
         return "chi-squared of predicted classes"
-
-    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
-        """Test whether the classes are predicted as often as they were."""
-        return self.compare(Comparison(reference, batch))
 
     def floor(self, n: int, m: int) -> float:
         """Give the smallest p that m rows can have against n, at most."""
@@ -694,20 +683,20 @@ class PredictedClasses:
                 return Shift(self.name, 0.0, 1.0)
             rng = np.random.default_rng(0)
             drawn = rng.multivariate_hypergeometric(both[seen], m, size=COUNT_PERMUTATIONS)
-            statistic = float(_chi_squared(theirs[None, seen], both[seen])[0])
-            larger = (_chi_squared(drawn, both[seen]) >= statistic * (1 - 1e-9)).sum()
+            statistic = float(_chisquared_distances(theirs[None, seen], both[seen])[0])
+            larger = (_chisquared_distances(drawn, both[seen]) >= statistic * (1 - 1e-9)).sum()
             p_value = float(1 + larger) / (COUNT_PERMUTATIONS + 1)
             return Shift(self.name, statistic, max(p_value, _fewest(n, m)))
         group = _groups(both, EXPECTED * (n + m) / min(n, m))
         both, theirs = np.bincount(group, both), np.bincount(group, theirs)
         if len(both) < 2:  # noqa: PLR2004
             return Shift(self.name, 0.0, 1.0)
-        statistic = float(_chi_squared(theirs[None], both)[0])
+        statistic = float(_chisquared_distances(theirs[None], both)[0])
         p_value = float(stats.chi2.sf(statistic, len(both) - 1))
         return Shift(self.name, statistic, max(p_value, _fewest(n, m)))
 
 
-def _chi_squared(theirs: Floats | Integers, both: Floats | Integers) -> Floats:
+def _chisquared_distances(theirs: Floats | Integers, both: Floats | Integers) -> Floats:
     """Give the statistic of batches (b, c) out of `both` (c,), with expectations from `both`."""
     total, m = both.sum(), theirs[0].sum()
     expected = both * m / total
@@ -731,7 +720,7 @@ def _groups(both: Integers, least: float) -> Integers:
 
 
 @dataclass(frozen=True)
-class Joint:
+class Joint(_Test):
     """Several tests that share one false-alarm rate: p = min(1, min(p_i / w_i)).
 
     By Bonferroni's inequality it rings no more often than stated whatever the tests have in
@@ -768,10 +757,6 @@ class Joint:
             shift.p_value / weight for shift, (_, weight) in zip(shifts, self.members, strict=True)
         )
         return Shift(self.name, smallest, min(1.0, smallest))
-
-    def detect(self, reference: Regime, batch: FeatureTable) -> Shift:
-        """Test whether anything that a member sees has changed."""
-        return self.compare(Comparison(reference, batch))
 
     def compare(self, comparison: Comparison) -> Shift:
         """Do the same with what several tests share."""

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from monitoring.reference import halves, portions, route, whiten
+from monitoring.reference import (
+    MIN_ROWS,
+    ROWS_PER_DIMENSION,
+    halves,
+    portions,
+    route,
+    whiten,
+)
 
 if TYPE_CHECKING:
     from monitoring.features import FeatureTable, Floats, Integers
@@ -16,7 +23,6 @@ if TYPE_CHECKING:
 MOVED_STANDARD_ERRORS = 3.0
 MAX_COLUMNS_NAMED = 5
 MAX_DIMENSIONS = 64
-MIN_ROWS_SPLIT = 20
 HALVINGS = 5
 
 
@@ -102,8 +108,8 @@ def farthest(reference: Reference, batch: FeatureTable, k: int = 12) -> tuple[St
 def _axes(regime: Regime) -> tuple[Whitening, Integers]:
     """Give a regime's leading axes and the rows that they were not fitted to, if it has enough."""
     n = len(regime.features)
-    if regime.split is None and n < MIN_ROWS_SPLIT:
-        return whiten(regime.features.embedding, max(1, n // 10)), np.arange(n)
+    if regime.split is None and n < MIN_ROWS:
+        return whiten(regime.features.embedding, max(1, n // ROWS_PER_DIMENSION)), np.arange(n)
     return regime.whitening.leading(MAX_DIMENSIONS), halves(regime)[1]
 
 

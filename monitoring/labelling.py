@@ -21,7 +21,7 @@ import numpy as np
 from scipy import optimize
 
 from monitoring.features import FeatureTable, concatenate
-from monitoring.reference import MIN_ROWS, ROWS_PER_DIMENSION, whiten
+from monitoring.reference import MIN_ROWS, ROWS_PER_DIMENSION, squared_distances, whiten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -281,7 +281,7 @@ def _cluster(
     """
     moving = _start(points, weights, fixed, k, rng)
     for _ in range(ROUNDS):
-        squared = _squared(points, np.concatenate([fixed, moving]))
+        squared = squared_distances(points, np.concatenate([fixed, moving]))
         cluster = squared.argmin(axis=1)
         belongs = np.zeros((len(fixed) + k, len(points)))
         belongs[cluster, np.arange(len(points))] = weights
@@ -302,23 +302,21 @@ def _start(
     Plain k-means++ missed small clusters.
     """
     trials = 2 + int(np.log(k))
-    nearest = _squared(points, fixed).min(axis=1) if len(fixed) else np.full(len(points), FARTHEST)
+    nearest = (
+        squared_distances(points, fixed).min(axis=1)
+        if len(fixed)
+        else np.full(len(points), FARTHEST)
+    )
     centres: list[int] = []
     for _ in range(k):
         cost = nearest * weights
         total = cost.sum()
         drawn = rng.choice(len(points), size=trials, p=cost / total if total > 0 else None)
-        left = np.minimum(nearest[:, None], _squared(points, points[drawn]))
+        left = np.minimum(nearest[:, None], squared_distances(points, points[drawn]))
         best = int((weights @ left).argmin())
         centres.append(int(drawn[best]))
         nearest = left[:, best]
     return points[centres]
-
-
-def _squared(points: Floats, centres: Floats) -> Floats:
-    """Give squared distances (n, k), never below zero."""
-    squared = (points**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1) - 2 * points @ centres.T
-    return np.asarray(np.maximum(squared, 0))
 
 
 def write_requests(

@@ -307,9 +307,9 @@ class _Case:
     @property
     def estimate_fell(self) -> bool:
         """Whether the estimate shows a fall, and no labels overrule it."""
-        return _estimate_fell(self.evidence, self.settings) and not _labels_overrule(
-            self.evidence, self.settings
-        )
+        evidence, settings = self.evidence, self.settings
+        fell = has_fallen(evidence.reference, evidence.estimated, settings.min_drop)
+        return fell and not _labels_overrule(evidence, settings)
 
     @property
     def unknown(self) -> bool:
@@ -561,7 +561,7 @@ def _true_damage(evidence: Evidence, settings: PolicySettings) -> str | None:
     if (
         evidence.settled is not None
         and evidence.settled_high is not None
-        and evidence.reference - evidence.settled >= settings.min_drop - ROUNDING
+        and has_fallen(evidence.reference, evidence.settled, settings.min_drop)
         and evidence.settled_high < evidence.reference
     ):
         return (
@@ -572,9 +572,9 @@ def _true_damage(evidence: Evidence, settings: PolicySettings) -> str | None:
     return None
 
 
-def _estimate_fell(evidence: Evidence, settings: PolicySettings) -> bool:
-    fall = evidence.reference - evidence.estimated
-    return fall >= settings.min_drop - ROUNDING
+def has_fallen(before: float, now: float, min_drop: float) -> bool:
+    """Whether an accuracy fell by as much as counts."""
+    return before - now >= min_drop - ROUNDING
 
 
 def _labels_overrule(evidence: Evidence, settings: PolicySettings) -> bool:
@@ -584,13 +584,13 @@ def _labels_overrule(evidence: Evidence, settings: PolicySettings) -> bool:
         and evidence.settled_high is not None
         and evidence.settled_n >= MIN_SETTLED
         and evidence.settled_high >= evidence.reference
-        and evidence.reference - evidence.settled < settings.min_drop - ROUNDING
+        and not has_fallen(evidence.reference, evidence.settled, settings.min_drop)
     )
 
 
 def _would_count(evidence: Evidence, settings: PolicySettings) -> str:
     """Say why what looks like a fall is none."""
-    if _estimate_fell(evidence, settings):
+    if has_fallen(evidence.reference, evidence.estimated, settings.min_drop):
         return "labels decide: they show no fall, whatever the estimate says"
     return f"a fall of {settings.min_drop:.3f} would count"
 

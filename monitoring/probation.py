@@ -34,8 +34,19 @@ class Comparison:
     p_value: float
 
 
-def compare_paired(version: int, now: Sequence[bool], before: Sequence[bool]) -> Comparison:
-    """Compare the champion with the version before it, sample by sample, in any order.
+@dataclass(frozen=True)
+class Pairs:
+    """How many of n samples that both answered either has right, and how many only one."""
+
+    n: int
+    right_now: int
+    right_before: int
+    only_now: int
+    only_before: int
+
+
+def count_pairs(version: int, now: Sequence[bool], before: Sequence[bool]) -> Pairs:
+    """Count sample by sample, in any order, who is right.
 
     Args:
         version: number of the version before.
@@ -51,8 +62,7 @@ def compare_paired(version: int, now: Sequence[bool], before: Sequence[bool]) ->
             f"{len(now)} answers of the champion and {len(before)} of version {version}: a paired "
             "test needs both versions' answers to the same samples"
         )
-    return compare_counts(
-        version,
+    return Pairs(
         n=len(now),
         right_now=sum(map(bool, now)),
         right_before=sum(map(bool, before)),
@@ -61,16 +71,14 @@ def compare_paired(version: int, now: Sequence[bool], before: Sequence[bool]) ->
     )
 
 
-def compare_counts(
-    version: int, *, n: int, right_now: int, right_before: int, only_now: int, only_before: int
-) -> Comparison:
-    """Compare by counts: of n samples, how many either has right, and how many only one has."""
+def compare_pairs(version: int, pairs: Pairs) -> Comparison:
+    """Compare the champion with the version before it."""
     return Comparison(
         version=version,
-        n=n,
-        right_now=right_now,
-        right_before=right_before,
-        p_value=min(1.0, 1 / max(paired_e_value(only_before, only_now), 1e-300)),
+        n=pairs.n,
+        right_now=pairs.right_now,
+        right_before=pairs.right_before,
+        p_value=min(1.0, 1 / max(paired_e_value(pairs.only_before, pairs.only_now), 1e-300)),
     )
 
 

@@ -23,7 +23,7 @@ from scipy import stats
 from monitoring.features import FeatureTable, Floats, Integers, concatenate, write_parquet
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 MIN_ROWS = 20
@@ -178,16 +178,22 @@ class Regime:
         table = self.features.statistics.iloc[self.read]
         return {str(name): np.sort(table[name].to_numpy(np.float64)) for name in table.columns}
 
-    @cached_property
-    def kernels(self) -> dict[int, object]:
-        """What `detectors.MMD` keeps of these rows, by the number of dimensions; starts empty."""
-        return {}
+
+def squared_distances(one: Floats, other: Floats) -> Floats:
+    """Give the squared Euclidean distance of each row to each, (n, d) and (m, d) to (n, m)."""
+    distance = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1) - 2 * one @ other.T
+    return np.asarray(np.maximum(distance, 0, out=distance))
 
 
 def scores(probabilities: Floats) -> Floats:
-    """Give confidence and entropy (nats) of each row of probabilities, (n, 2) float64."""
+    """Give confidence and entropy of each row of probabilities, (n, 2) float64."""
     exact = probabilities.astype(np.float64)
-    return np.column_stack([exact.max(axis=1), scipy.special.entr(exact).sum(axis=1)])
+    return np.column_stack([exact.max(axis=1), entropy(exact)])
+
+
+def entropy(probabilities: Floats) -> Floats:
+    """Give the entropy of each row of probabilities, (n,) float64, in nats."""
+    return np.asarray(scipy.special.entr(probabilities.astype(np.float64)).sum(axis=1))
 
 
 def halves(regime: Regime) -> tuple[Integers, Integers]:
@@ -344,27 +350,32 @@ class Reference:
 
         The same object each time, so that its whitening is fitted once and not at each check.
         """
-        key = (members, worlds)
-        if key not in self._made:
+
+        def make() -> Regime:
             kept = [np.isin(self.routed[i], worlds) for i in members]
-            pieces = [_restrict(self.regimes[i], k) for i, k in zip(members, kept, strict=True)]
-            self._made[key] = merge(pieces)
-        return self._made[key]
+            return merge(
+                [_restrict(self.regimes[i], k) for i, k in zip(members, kept, strict=True)]
+            )
+
+        return self._once((members, worlds), make)
 
     def together(self, regimes: Sequence[Regime]) -> Regime:
         """Merge regimes of this reference; the same object each time for the same ones."""
-        key = tuple(map(id, regimes))
-        if key not in self._made:
-            self._made[key] = merge(regimes)
-        return self._made[key]
+        return self._once(tuple(map(id, regimes)), lambda: merge(regimes))
 
     def thinned(self, home: Regime, kept: int, strays: Sequence[Regime]) -> Regime:
         """Merge so many random rows of one regime with all of some others; the same each time."""
-        key = (id(home), kept, *map(id, strays))
-        if key not in self._made:
+
+        def make() -> Regime:
             keep = np.zeros(len(home.features), dtype=bool)
             keep[np.random.default_rng(0).permutation(len(keep))[:kept]] = True
-            self._made[key] = merge([_restrict(home, keep), *strays])
+            return merge([_restrict(home, keep), *strays])
+
+        return self._once((id(home), kept, *map(id, strays)), make)
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], Regime]) -> Regime:
+        if key not in self._made:
+            self._made[key] = make()
         return self._made[key]
 
     def require_readable(self, features: FeatureTable) -> None:

@@ -41,7 +41,8 @@ from evidently.ui.storage.local.base import DOT_JSON, SNAPSHOTS_DIR_NAME, LocalS
 
 from monitoring.columns import Columns, summary_columns
 from monitoring.figures import Past, clip, history, pairs
-from monitoring.policy import ROUNDING, Action, PolicySettings
+from monitoring.policy import ROUNDING, Action, PolicySettings, has_fallen
+from monitoring.words import p_words
 
 if TYPE_CHECKING:
     from monitoring.accuracy import Estimate
@@ -60,13 +61,13 @@ MAX_STRAYS = 12
 MAX_TABLE_ROWS = 60
 LEGEND = "red where it rang, a diamond where labels settled the accuracy"
 IN_WORDS = {
-    "none": ("Nothing to do", "success"),
-    "watch": ("Keep watching", "info"),
-    "ask_for_labels": ("Ask for labels", "warning"),
-    "retrain": ("Retrain", "warning"),
-    "rollback": ("Roll back", "error"),
+    Action.NONE: ("Nothing to do", "success"),
+    Action.WATCH: ("Keep watching", "info"),
+    Action.ASK_FOR_LABELS: ("Ask for labels", "warning"),
+    Action.RETRAIN: ("Retrain", "warning"),
+    Action.ROLLBACK: ("Roll back", "error"),
 }
-"""By the action's value: its words, and the colour of its card."""
+"""Each action's words, and the colour of its card."""
 PROJECTS = uuid.UUID("5f0e8a53-5f3c-4b0e-9d0e-5c1a7b7c1d11")
 """The space of names from which a project's and a run's id follow, so that none is made twice."""
 
@@ -161,8 +162,8 @@ class JointShiftCalculation(SingleValueCalculation[JointShift]):  # type: ignore
         found = page.detection
         result = self.result(float(found.p_value))
         words = (
-            f"p {_p(found.p_value)} at alpha {found.alpha:g}, {len(page.batch):,} pictures, most "
-            f"of them nearest to regime {found.regime}."
+            f"p {p_words(found.p_value)} at alpha {found.alpha:g}, {len(page.batch):,} pictures, "
+            f"most of them nearest to regime {found.regime}."
         )
         result.widget = [
             counter(title=page.title, counters=[]),
@@ -238,10 +239,11 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
         page = _page(context)
         found = page.estimate
         result = self.result(float(found.value))
+        fell = has_fallen(found.reference, found.value, page.min_drop)
         change = f"{found.reference:.3f} → {found.value:.3f}"
         if not found.believable:
             answer, colour = (
-                "Probably, by an unknown amount" if _fell(page) else "Not known",
+                "Probably, by an unknown amount" if fell else "Not known",
                 "warning",
             )
             trust = (
@@ -250,9 +252,7 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
             )
         else:
             answer, colour = (
-                (f"Probably: {change}", "error")
-                if _fell(page)
-                else (f"Not shown to: {change}", "success")
+                (f"Probably: {change}", "error") if fell else (f"Not shown to: {change}", "success")
             )
             trust = (
                 "It is made from the model's confidence, and too rosy where a class is new; "
@@ -350,9 +350,8 @@ class DecisionTakenCalculation(SingleValueCalculation[DecisionTaken]):  # type: 
     def calculate(self, context: Any, current_data: Any, reference_data: Any) -> Any:  # noqa: ARG002
         """Give 1 if something is to be done, else 0, and the card of the last question."""
         decision = _page(context).decision
-        action = str(decision.action)
-        result = self.result(int(action not in {Action.NONE, Action.WATCH}))
-        answer, colour = IN_WORDS.get(action, (action, "warning"))
+        result = self.result(int(decision.action not in {Action.NONE, Action.WATCH}))
+        answer, colour = IN_WORDS[decision.action]
         result.widget = [
             _card(
                 "What next?",
@@ -594,7 +593,7 @@ def _parts(detection: Detection) -> Any:
                 f"{part.share:.0%}",
                 shift.detector,
                 f"{shift.statistic:.3g}",
-                _p(shift.p_value).removeprefix("= "),
+                p_words(shift.p_value).removeprefix("= "),
             ]
             for part in detection.parts
             for shift in part.shifts
@@ -670,19 +669,11 @@ def _strays(strays: tuple[tuple[str, bytes, str, bytes, float], ...]) -> list[An
     ]
 
 
-def _fell(page: Page) -> bool:
-    return page.estimate.reference - page.estimate.value >= page.min_drop - ROUNDING
-
-
 def _sentence(words: str) -> str:
     words = words.strip()
     if not words:
         return ""
     return words[0].upper() + words[1:] + ("" if words[-1] in ".!?" else ".")
-
-
-def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 1e-4 else "under .0001"  # noqa: PLR2004
 
 
 def _figure(value: float, form: str) -> str:

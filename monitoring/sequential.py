@@ -13,14 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import scipy.optimize
 import scipy.special
 from scipy import stats
 
-from monitoring.reference import MIN_ROWS, Portion, Reference, portions
+from monitoring.kept import kept_with
+from monitoring.reference import MIN_ROWS, Portion, Reference, entropy, portions
 
 if TYPE_CHECKING:
     from monitoring.features import FeatureTable, Floats, Integers
@@ -315,11 +315,9 @@ def bets(reference: Reference, batch: FeatureTable) -> dict[str, float]:
 
     """
     cut = portions(reference, batch)
-    baseline = _baselines.get(reference)
-    if baseline is None:
-        baseline = _baselines[reference] = _baseline(reference)
+    baseline = _baseline(reference)
     far = _distances(baseline, batch)
-    scores = np.column_stack([*far, _entropy(batch.probabilities)])
+    scores = np.column_stack([*far, entropy(batch.probabilities)])
     group = baseline.group[batch.predicted]
     log_e = np.zeros(1 + 2 * len(baseline.names))
     for portion in cut:
@@ -393,11 +391,9 @@ class _Baseline:
     names: tuple[str, ...]
 
 
-_baselines: WeakKeyDictionary[Reference, _Baseline] = WeakKeyDictionary()
-"""A reference never changes and its neighbours take .1 to 1 s to find: they are kept with it."""
-
-
+@kept_with
 def _baseline(reference: Reference) -> _Baseline:
+    """Find the neighbours of a reference and bound its shares, in .1 to 1 s."""
     embedding = np.concatenate([r.features.embedding for r in reference.regimes])
     probabilities = np.concatenate([r.features.probabilities for r in reference.regimes])
     regime = np.repeat(
@@ -412,7 +408,7 @@ def _baseline(reference: Reference) -> _Baseline:
     regime, world = regime[kept], world[kept]
     norms = np.linalg.norm(embedding, axis=1)
     far = _nearest_neighbours(embedding, embedding, norms, leave_one_out=True)
-    scores = np.column_stack([*far, _entropy(probabilities)])
+    scores = np.column_stack([*far, entropy(probabilities)])
     predicted = probabilities.argmax(axis=1)
     counted = np.ones(len(predicted), dtype=np.bool_)
     if len(reference.classes) > CLASS_BETS // 2:
@@ -524,10 +520,6 @@ def _nearest_neighbours(
         cosine[start:stop] = 1 - angle.max(axis=1) / np.maximum(length, np.finfo(np.float32).tiny)
         euclidean[start:stop] = (product.min(axis=1) + length**2) / unit
     return np.round(np.maximum(cosine, 0), ROUNDING), np.round(np.maximum(euclidean, 0), ROUNDING)
-
-
-def _entropy(probabilities: Floats) -> Floats:
-    return np.asarray(scipy.special.entr(probabilities.astype(np.float64)).sum(axis=1))
 
 
 def _groups(classes: tuple[str, ...], predicted: Integers) -> tuple[Integers, tuple[str, ...]]:

@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg, optimize
+from scipy import linalg, optimize, stats
 
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
@@ -57,7 +57,6 @@ EVEN_MIX = np.linspace(0, 1, 11)
 UNSURE = 0.1
 """Weight of the uniform distribution where a likelihood is computed: one wrong label may not
 decide it."""
-Z_95 = 1.96
 
 
 class NoiseAction(StrEnum):
@@ -383,7 +382,9 @@ def _verdict(
     settings: NoiseSettings,
 ) -> LabelVerdict:
     share = 1 - agreement.sure
-    low, high = _wilson(share, agreement.counted)
+    wrong = stats.binomtest(round(share * agreement.counted), agreement.counted)
+    interval = wrong.proportion_ci(0.95, method="wilson")
+    low, high = float(interval.low), float(interval.high)
     many = share > settings.max_wrong_share
     hard = many and agreement.hard
     listed = f"{int(suspicious.sum())} of {len(suspicious)} labels are suspicious"
@@ -411,10 +412,3 @@ def _verdict(
         stop=bool(mixed_up) or (many and not hard),
         words=words,
     )
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """Give the 95 % interval of a share of n (Wilson 1927)."""
-    middle = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-    half = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n)) / (1 + Z_95**2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -24,7 +24,7 @@ from monitoring.policy import (
     describe,
     on_probation,
 )
-from monitoring.probation import Comparison, compare_paired, paired_e_value
+from monitoring.probation import Comparison, compare_pairs, count_pairs, paired_e_value
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 SETTINGS = PolicySettings(min_drop=0.05, min_labels=100, min_classes=2, cooldown_hours=24)
@@ -33,6 +33,10 @@ QUIET = replace(HURT, alarm=False, p_value=0.4, estimated=0.9)
 SHIFTED = replace(HURT, estimated=0.88)
 LABELS = FreshLabels(n=150, classes=10)
 NOTHING = History()
+
+
+def compare_paired(version: int, now: list[bool], before: list[bool]) -> Comparison:
+    return compare_pairs(version, count_pairs(version, now, before))
 
 
 def ago(hours: float) -> datetime:
