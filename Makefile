@@ -13,7 +13,7 @@ demo: $(INSTALLED)  ## the whole loop on real digits
 
 test: $(INSTALLED)  ## all tests, with real Prefect and MLflow servers
 	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
-	$(BIN)/pytest tests/integration tests/e2e
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
 	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts

@@ -3,75 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from flows.settings import Settings
 from sft.dataset import LabelledPictures, Role, role_of
-from sft.memory import Memory
 from sft.models import Network
-from sft.noise import LabelVerdict, judge_labels
+from sft.noise import OLD_SAMPLES, LabelVerdict, NoiseSettings, judge_labels
 
-OLD = 200
-"""Old samples beside the delivery's own; more say little about a new world."""
 FILE = "suspicious_labels.csv"
+CHUNK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """Fresh labels, and what is thought of them.
+
+    Attributes:
+        verdict: on all of them, the hold-out too: whether a person should look first.
+        usable: those that may be learned from.
+        doubt: on the usable ones alone: held-out labels must not choose what is learned.
+        believed: the usable ones that are learned from.
+    """
+
+    verdict: LabelVerdict
+    usable: LabelledPictures
+    doubt: LabelVerdict
+    believed: LabelledPictures
 
 
 def judge_delivery(
     champion: Network,
     labelled: LabelledPictures,
-    memory: Memory,
+    old: LabelledPictures,
     classes: Sequence[str],
-    settings: Settings,
-) -> LabelVerdict:
-    """Judge fresh labels by what the champion sees in their pictures, one forward pass.
+    settings: NoiseSettings,
+) -> Delivery:
+    """Judge fresh labels by what the champion sees in their pictures, in one forward pass.
 
     Args:
         champion: whose embeddings and answers are used.
         labelled: the delivery; labels are places in `classes`.
-        memory: the champion's, whose rehearsed samples stand beside it.
+        old: rehearsed samples, which stand beside it.
         classes: those of the champion, and new ones after them.
         settings: section [noise].
     """
-    known = champion.config
-    old = memory.without(labelled.sample_ids).labelled(
-        Role.TRAIN, known.classes, known.preprocessing
-    )
-    drawn = np.random.default_rng(0).permutation(len(old))[:OLD]
-    old = old.take(drawn.tolist())
-    embedding, probabilities = _see(champion, labelled)
-    return judge_labels(
-        embedding,
-        labelled.labels.numpy(),
-        probabilities,
-        classes,
-        settings=settings.noise,
-        old_embeddings=_see(champion, old)[0] if len(old) else None,
-        old_labels=old.labels.numpy() if len(old) else None,
-    )
+    beside = old.take(np.random.default_rng(0).permutation(len(old))[:OLD_SAMPLES].tolist())
+    embeddings, probabilities = see(champion, labelled.pixels)
+    old_embeddings = see(champion, beside.pixels)[0] if len(beside) else None
 
+    def judge(rows: Sequence[int]) -> LabelVerdict:
+        return judge_labels(
+            embeddings[rows],
+            labelled.labels.numpy()[rows],
+            probabilities[rows],
+            classes,
+            settings=settings,
+            old_embeddings=old_embeddings,
+            old_labels=beside.labels.numpy() if len(beside) else None,
+        )
 
-def to_learn(
-    champion: Network,
-    labelled: LabelledPictures,
-    memory: Memory,
-    classes: Sequence[str],
-    settings: Settings,
-) -> tuple[LabelledPictures, LabelVerdict]:
-    """Return what is learned from, and what was thought of it.
-
-    The hold-out is left as it is and judges nothing here: its labels must not choose what is
-    learned.
-    """
-    usable = labelled.take(
-        [i for i, name in enumerate(labelled.sample_ids) if role_of(name) is not Role.HOLDOUT]
+    ids = labelled.sample_ids
+    usable = [i for i, name in enumerate(ids) if role_of(name) is not Role.HOLDOUT]
+    doubt = judge(usable)
+    believed = [row for row, kept in zip(usable, doubt.believed(settings), strict=True) if kept]
+    return Delivery(
+        verdict=judge(range(len(ids))),
+        usable=labelled.take(usable),
+        doubt=doubt,
+        believed=labelled.take(believed),
     )
-    verdict = judge_delivery(champion, usable, memory, classes, settings)
-    believed = np.flatnonzero(verdict.believed(settings.noise))
-    return usable.take(believed.tolist()), verdict
 
 
 def write_suspicious(
@@ -92,9 +96,9 @@ def write_suspicious(
     ).to_csv(folder / FILE, index=False)
 
 
-def _see(
-    network: Network, data: LabelledPictures
+def see(
+    network: Network, pixels: torch.Tensor
 ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...]:
-    """Give embeddings and probabilities of every picture."""
-    seen = [network.embed(pixels) for pixels in data.pixels.split(256)]
+    """Give embeddings (n, d) and probabilities (n, classes) of uint8 pictures (n, C, H, W)."""
+    seen = [network.embed(part) for part in pixels.split(CHUNK)]
     return tuple(torch.cat(part).numpy() for part in zip(*seen, strict=True))

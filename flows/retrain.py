@@ -17,7 +17,7 @@ from prefect import flow
 from rich.progress import Progress
 
 from flows.batches import read_batch
-from flows.doubt import judge_delivery, to_learn, write_suspicious
+from flows.doubt import judge_delivery, write_suspicious
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
@@ -28,13 +28,17 @@ from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, join, role_of
-from sft.memory import Memory, remember
+from sft.memory import remember
 from sft.models import Network, widen
 from sft.train import FineTuned, fine_tune
 
 
 class RetrainError(ValueError):
     """Nothing can be trained; the message names what is missing."""
+
+
+class LabelsRefusedError(RetrainError):
+    """The labels were read and cannot be learned from: the same ones would be refused again."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +133,17 @@ def make_challenger(
         classes = network.config.classes
     memory = registry.memory(champion)
     labelled, unlabelled, about = read_window(registry, settings, champion, batches, fresh, network)
-    require_enough(fresh.of(labelled.sample_ids), settings)  # some may be unreadable
-    delivery = judge_delivery(champion_network, labelled, memory, classes, settings)
-    if delivery.stop:
-        raise RetrainError(f"{delivery.words} (or raise max_wrong_share under [noise])")
-    believed, doubt = to_learn(champion_network, labelled, memory, classes, settings)
+    try:
+        require_enough(fresh.of(labelled.sample_ids), settings)
+    except RetrainError as error:
+        raise LabelsRefusedError(f"of the pictures that can be read: {error}") from error
+    kept = memory.without(labelled.sample_ids)  # a corrected label replaces the old one
+    old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing)
+    delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise)
+    if delivery.verdict.stop:
+        raise LabelsRefusedError(
+            f"{delivery.verdict.words} (or raise max_wrong_share under [noise])"
+        )
     run_id = registry.begin_training(
         f"retrain v{champion.number}",
         {
@@ -147,16 +157,14 @@ def make_challenger(
         run_id,
         params={**asdict(settings.training), "parent": champion.number, "fresh": dict(counts)},
     )
-    tuned = tune(network, champion_network, believed, memory, settings)
+    old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing)
+    tuned = tune(network, champion_network, delivery.believed, old, old_validation, settings)
     log_training(registry, run_id, tuned)
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
-        usable = labelled.take(
-            [i for i, s in enumerate(labelled.sample_ids) if role_of(s) is not Role.HOLDOUT]
-        )
-        write_suspicious(Path(name), usable, doubt, classes)
+        write_suspicious(Path(name), delivery.usable, delivery.doubt, classes)
         for path in sorted(Path(name).iterdir()):
             registry.log_file(run_id, path)
-    registry.log(run_id, tags={"sustain.labels": delivery.words})
+    registry.log(run_id, tags={"sustain.labels": delivery.verdict.words})
 
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
@@ -253,16 +261,11 @@ def tune(
     network: Network,
     champion: Network,
     labelled: LabelledPictures,
-    memory: Memory,
+    old: LabelledPictures,
+    old_validation: LabelledPictures,
     settings: Settings,
 ) -> FineTuned:
-    """Fine-tune with rehearsal; stop early on fresh and old validation data together.
-
-    A sample whose label was corrected is not rehearsed with its old one.
-    """
-    classes, preprocessing = network.config.classes, network.config.preprocessing
-    memory = memory.without(labelled.sample_ids)
-    old = memory.labelled(Role.TRAIN, classes, preprocessing)
+    """Fine-tune with rehearsal; stop early on fresh and old validation data together."""
     with Progress(transient=True) as progress:
         bar = progress.add_task("fine-tuning", total=settings.training.epochs)
         return fine_tune(
@@ -272,10 +275,7 @@ def tune(
             memory=old,
             anchor=champion,
             cache=ActivationCache(),
-            validation=(
-                labelled.with_role(Role.VALIDATION),
-                memory.labelled(Role.VALIDATION, classes, preprocessing),
-            ),
+            validation=(labelled.with_role(Role.VALIDATION), old_validation),
             on_epoch=lambda _: progress.advance(bar),
         )
 

@@ -46,7 +46,7 @@ from flows.fresh import (
 )
 from flows.probation import answer_with_before, compare, version_before
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
-from flows.retrain import RetrainError, retrain
+from flows.retrain import LabelsRefusedError, RetrainError, retrain
 from flows.rollback import rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
@@ -210,11 +210,13 @@ def _act(
         return decision, ""
     try:
         return decision, start_retraining(settings, plan.champion, plan.fresh, standing, decision)
-    except RetrainError as error:  # the same labels would be refused again: more are needed
+    except LabelsRefusedError as error:  # the same ones would be refused again: others are needed
         refused = Decision(Action.ASK_FOR_LABELS, f"{decision.reason} Nothing was trained: {error}")
         _record_decision(registry, standing.run_id, refused, plan.decider.name)
         registry.log(standing.run_id, tags={UNTRAINABLE: plan.decider.attempt})
         return refused, ""
+    except RetrainError as error:  # another watcher was faster, or labels went away
+        return decision, f"nothing was retrained: {error}"
 
 
 def list_wanted_labels(

@@ -25,7 +25,7 @@ ALPHA = 0.05
 SIZES = (10, 50, 100, 200, 500, 1000)
 PAPER_SIZES = (10, 20, 50, 100, 200, 500, 1000)
 PUBLISHED_BBSD = dict(zip(PAPER_SIZES, (0.15, 0.28, 0.40, 0.52, 0.51, 0.59, 0.72), strict=True))
-"""Failing Loudly's own figures for BBSD, as the issue states them."""
+"""Accuracy of detection that Failing Loudly (Rabanser et al. 2019) prints for BBSD, by size."""
 AMOUNTS = ("small", "medium", "large")
 SHARES = (0.1, 0.5, 1.0)
 KNOCKED_OUT = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from browser import open_tab
 from playwright.sync_api import Page
 
 from flows.registry import Registry
@@ -44,22 +45,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture
 def browser_tab() -> Iterator[Page]:
     """Give a page of 1280 x 800 in the installed Chromium."""
-    import shutil
-
-    from playwright.sync_api import sync_playwright
-
-    found = shutil.which("chromium")
-    if found is None:
-        said = "this test needs a browser on PATH: apt-get install chromium"
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail(said)
-        pytest.skip(said)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        try:
-            yield browser.new_page(viewport={"width": 1280, "height": 800})
-        finally:
-            browser.close()
+    with open_tab() as tab:
+        yield tab
 
 
 @pytest.fixture(scope="module")

@@ -2,72 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from browser import find_chromium, open_tab
 
 from flows.feed import list_batches
 from flows.fresh import fresh_set, gather_labels
 from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.retrain import retrain
-from flows.servers import start_mlflow, stop, wait_until_healthy
 from flows.settings import Settings
 from flows.watch import watch
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
-
 NAME = "handwriting"
-CHROMIUM = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 NO_ASSISTANT = """
     localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
     localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def chromium() -> str:
     """Find the installed Chromium, before anything slow is begun."""
-    found = shutil.which("chromium")
-    if found is None:
-        said = "this test needs a browser on PATH: apt-get install chromium"
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail(said)
-        pytest.skip(said)
-    return found
-
-
-@contextmanager
-def page_of_browser(chromium: str) -> Iterator[Page]:
-    """Open a page in the installed Chromium.
-
-    No flow may run inside: Playwright keeps an event loop in this thread, and Prefect would use it.
-    """
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        try:
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.add_init_script(f"if (window === window.top) {{ {NO_ASSISTANT} }}")
-            page.set_default_timeout(30_000)
-            yield page
-        finally:
-            browser.close()
+    return find_chromium()
 
 
 @contextmanager
@@ -112,9 +72,9 @@ def fold_tags(page: Page) -> None:
     page.get_by_text("sustain.champion_seen").wait_for(state="hidden")
 
 
-def move_champion_by_hand(chromium: str, address: str, screenshots: Path) -> None:
+def move_champion_by_hand(address: str, screenshots: Path) -> None:
     """Give the alias to version 1 by clicks and keys, and see where it is before and after."""
-    with page_of_browser(chromium) as page:
+    with open_tab(900, f"if (window === window.top) {{ {NO_ASSISTANT} }}") as page:
         open_versions(page, address)
         row_of(page, 2).get_by_text("@ champion").wait_for()
         page.screenshot(path=screenshots / "rollback-1.png")
@@ -136,9 +96,9 @@ def move_champion_by_hand(chromium: str, address: str, screenshots: Path) -> Non
         page.screenshot(path=screenshots / "rollback-3.png")
 
 
-def read_report(chromium: str, url: str, path: Path) -> str:
+def read_report(url: str, path: Path) -> str:
     """Open a check's report in the UI's Artifacts tab; return the text of its frame."""
-    with page_of_browser(chromium) as page:
+    with open_tab(900, f"if (window === window.top) {{ {NO_ASSISTANT} }}") as page:
         page.goto(url)
         page.get_by_role("tab", name="Artifacts", selected=True).wait_for()
         report = page.frame_locator("iframe[sandbox]")
@@ -157,7 +117,7 @@ def fresh_labels(registry: Registry, settings: Settings) -> set[str]:
 
 
 def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
-    chromium: str, small_world: Callable[[str], Any], free_port: int, screenshots: Path
+    small_world: Callable[[str], Any], free_port: int, screenshots: Path
 ) -> None:
     """A click moves the champion; the next watch checks against it and keeps the loser down."""
     world = small_world(NAME)
@@ -171,7 +131,7 @@ def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
     learned = set(registry.learned(registry.version(2))["sample_id"])
 
     with mlflow_server(settings, free_port) as address:
-        move_champion_by_hand(chromium, address, screenshots)
+        move_champion_by_hand(address, screenshots)
         assert registry.alias(CHAMPION) == 1
         assert not registry.version(2).rolled_back  # nobody of ours has seen the move yet
 
@@ -212,7 +172,7 @@ def test_a_move_of_the_alias_in_mlflows_ui_is_a_rollback(
         assert [version.number for version in registry.versions()] == [1, 2]
 
         path = registry.run_url(checked.run_id, artifact="report.html").partition("/#/")[2]
-        report = read_report(chromium, f"{address}/#/{path}", screenshots / "report.png")
+        report = read_report(f"{address}/#/{path}", screenshots / "report.png")
     assert f"Batch {batch} against version 1" in report
     for heading in ("Did it change?", "Does it hurt?", "What changed?", "Column by column"):
         assert heading in report

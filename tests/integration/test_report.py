@@ -7,16 +7,14 @@ import html.parser
 import io
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from browser import open_tab
 from evidently.ui.workspace import Workspace
 from PIL import Image
 
@@ -29,9 +27,6 @@ from monitoring.reference import Reference, Regime
 from monitoring.report import Page, Past, write_report
 from monitoring.slices import Slice
 
-if TYPE_CHECKING:
-    from playwright.sync_api import Page as Tab
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 EVIL = "<script>alert(1)</script>"
@@ -42,7 +37,6 @@ MAX_BYTES = 6_000_000
 STATISTICS = ("brightness", "contrast", "sharpness", "saturation", "width", "height", "aspect")
 NAN = float("nan")
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
-CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
 
 
 def table(
@@ -373,27 +367,6 @@ def test_workspace_that_cannot_be_written_costs_no_report(tmp_path: Path) -> Non
 # --- in a browser
 
 
-@contextmanager
-def browser_tab() -> Iterator[Tab]:
-    """Open a tab of 1280 x 800 in the installed Chromium."""
-    found = shutil.which("chromium")
-    if found is None:
-        said = "this test needs a browser on PATH: apt-get install chromium"
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail(said)
-        pytest.skip(said)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM)
-        try:
-            tab = browser.new_page(viewport={"width": 1280, "height": 800})
-            tab.set_default_timeout(30_000)
-            yield tab
-        finally:
-            browser.close()
-
-
 def test_first_screen_answers_and_nobodys_script_runs(tmp_path: Path) -> None:
     """At 1280 x 800 four answers stand in order without scrolling; pictures and plots are drawn."""
     # a note under a note: what a label, a table, Markdown and a script would each be caught by
@@ -401,7 +374,7 @@ def test_first_screen_answers_and_nobodys_script_runs(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", page)
     asked: list[str] = []
     seen: list[str] = []
-    with browser_tab() as tab:
+    with open_tab() as tab:
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
         tab.on("pageerror", lambda error: seen.append(str(error)))
