@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from browser import find_chromium, open_tab
@@ -14,8 +15,12 @@ from flows.feed import list_batches
 from flows.fresh import fresh_set, gather_labels
 from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.retrain import retrain
+from flows.servers import start_mlflow, stop, wait_until_healthy
 from flows.settings import Settings
 from flows.watch import watch
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
 
 NAME = "handwriting"
 NO_ASSISTANT = """
