@@ -28,9 +28,9 @@ class Memory:
     """One row a sample.
 
     Columns of `table`: `sample_id`; `label` (as people write it: a class name, or as the task has
-    it; None for a reference sample whose label never came); `role` (train, validation or holdout); `regime` (the world it came from);
-    `image` (PNG bytes); `about` (JSON: what came with the picture, such as its size and the user's
-    own columns; this module only carries it).
+    it; None for a reference sample whose label never came); `role` (train, validation or holdout);
+    `regime` (the world it came from); `image` (PNG bytes); `about` (JSON: what came with the
+    picture, such as its size and the user's own columns; this module only carries it).
     """
 
     table: pd.DataFrame
