@@ -206,7 +206,7 @@ def _make(
     )
     accuracy = answer(network, holdout).accuracy
     if adopt is not None:
-        _require_better_than_chance(accuracy, task.chance(holdout.labels, len(classes)), holdout)
+        _require_better_than_chance(accuracy, holdout, classes, task)
     made = Package(
         network=network,
         reference=build_reference(network, memory, max_regimes=settings.checks.max_regimes),
@@ -243,15 +243,18 @@ def _require_adoptable(settings: Settings, adopt: str) -> None:
         )
 
 
-def _require_better_than_chance(accuracy: float, chance: float, holdout: LabelledPictures) -> None:
+def _require_better_than_chance(
+    accuracy: float, holdout: LabelledPictures, classes: tuple[str, ...], task: Task
+) -> None:
     """Refuse an adopted model that answers no better than a guess: something about it is wrong."""
-    n = len(holdout)
+    n, chance = len(holdout), task.chance(holdout.labels, len(classes))
     right = round(accuracy * n)
     if binomtest(right, n, chance, alternative="greater").pvalue > 0.05:  # noqa: PLR2004 - the usual level
         raise BootstrapError(
             f"the adopted model is right on {right} of {n} held-out samples, no better than a guess"
-            f" ({chance:.0%}): are the classes in the order of its head's outputs,"
-            " and are mean, std, image_size, resize_size and channels those it was trained with?"
+            f" among {len(classes)} {'classes' if task.grows else 'targets'} ({chance:.0%}): are"
+            " the classes in the order of its head's outputs, and are mean, std, image_size,"
+            " resize_size and channels those it was trained with?"
         )
 
 
