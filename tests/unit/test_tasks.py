@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flows.doubt import judge_delivery
+from flows.package import build_reference
+from monitoring.features import Kind
 from sft.averaging import choose_alpha, ensemble
 from sft.cache import ActivationCache
-from sft.dataset import LabelledPictures, Role, batches
+from sft.dataset import LabelledPictures, Role, batches, role_of
 from sft.evaluate import Answers, answer
 from sft.gate import GateSettings, Outcome, Pair, judge
 from sft.memory import remember
 from sft.models import ModelConfig, ModelError, Network, build, load, save, widen
+from sft.noise import NoiseSettings
 from sft.objectives import fisher
 from sft.pictures import Preprocessing
 from sft.search import search
@@ -29,6 +33,7 @@ from sft.serving import Classifier
 from sft.strategies import Strategy
 from sft.tasks import (
     SINGLE_LABEL,
+    TASKS,
     LabelError,
     MultiLabel,
     Regression,
@@ -427,3 +432,38 @@ def test_what_a_task_cannot_be_is_named(make: object, words: str) -> None:
     """Losses, tolerances and names."""
     with pytest.raises(ValueError, match=words.replace("|", r"\|")):
         make()  # type: ignore[operator]
+
+
+# --- what the monitoring is told
+
+
+@pytest.mark.parametrize("task", [SINGLE_LABEL, MULTI, VALUE])
+def test_a_reference_counts_what_the_task_calls_right(task: Task) -> None:
+    """Its accuracy is that of the same samples' answers; an unlabelled one has no say."""
+    held = digits(task, 500, 700)
+    found = answer(tuned(task), held)
+    labels = torch.cat([held.labels[:-1], task.missing(names(task))[None]])
+    memory = remember(
+        replace(held, labels=labels), names(task), [Role.HOLDOUT] * 200, "first", task=task
+    )
+    reference = build_reference(tuned(task), memory, max_regimes=1)
+    assert reference.kind == task.name
+    assert len(reference.regimes[0].labelled) == 199
+    assert reference.accuracy == pytest.approx(found.right[:-1].mean())
+
+
+def test_every_task_is_a_kind_of_answers() -> None:
+    """The monitoring knows what each task's answers are."""
+    assert {kind.value for kind in Kind} == set(TASKS)
+
+
+def test_labels_of_other_tasks_are_not_judged() -> None:
+    """Nothing is suspicious and nobody is asked; all but the hold-out is learned from."""
+    fresh = digits(MULTI, 500, 600)
+    known = digits(MULTI).take(range(50))
+    found = judge_delivery(tuned(MULTI), fresh, known, ATTRIBUTES, NoiseSettings())
+    assert "not judged: a multi_label model" in found.verdict.words
+    assert not found.verdict.judged
+    assert not found.verdict.stop
+    kept = [name for name in fresh.sample_ids if role_of(name) is not Role.HOLDOUT]
+    assert found.believed.sample_ids == tuple(kept)
