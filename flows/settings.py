@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from monitoring.sequential import StreamSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
+from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
 PREFIX = "SUSTAIN_"
@@ -41,9 +43,15 @@ class ModelSettings:
         name: the registered model's name in MLflow.
         architecture: a torchvision name, `small_cnn`, `mlp`, or your own factory
             `package.module:function`, called as `function(num_classes=…)`.
+        task: `single_label` (one class of several; what an unset one means at bootstrap),
+            `multi_label` (any number of labels, written as names between `|`) or `regression`
+            (numbers, between `|` where there are several targets).
+        tolerance: of a regression: the largest error that counts as right, in the labels' unit.
+        regression_loss: of a regression: `mse` (at bootstrap, when unset) or `huber`.
         weights: where training starts at bootstrap: empty for random weights, the name of
             torchvision's (`DEFAULT`), or a file.
-        classes: class names; those that the champion lacks widen its head at the next retraining.
+        classes: names of classes, labels or targets; classes and labels that the champion lacks
+            widen its head at the next retraining.
         image_size, resize_size: pixels; the shorter side is resized to `resize_size` (`image_size`
             when 0), then the centre is cropped.
         channels: 1 or 3.
@@ -53,6 +61,9 @@ class ModelSettings:
 
     name: str = ""
     architecture: str = ""
+    task: str = ""
+    tolerance: float = 0.0
+    regression_loss: str = ""
     weights: str = ""
     classes: tuple[str, ...] = ()
     image_size: int = 0
@@ -65,6 +76,14 @@ class ModelSettings:
         """Refuse values outside their range, by name."""
         if any(char in self.name for char in "/:.%\"'") or self.name != self.name.strip():
             raise ValueError(f"name must not hold any of / : . % \" ', got {self.name!r}")
+        if self.task not in ("", *TASKS):
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.regression_loss not in ("", *LOSSES):
+            raise ValueError(
+                f"regression_loss must be one of {', '.join(LOSSES)}, got {self.regression_loss!r}"
+            )
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be positive, got {self.tolerance}")
         if self.channels not in (0, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.image_size < 0 or self.resize_size < 0:
@@ -267,14 +286,21 @@ def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:
         SettingsError: names the key, both values and the way out.
     """
     model, seen = settings.model, config.preprocessing
-    stated = {
+    stated: dict[str, tuple[object, object]] = {
         "architecture": (model.architecture, config.architecture),
+        "task": (model.task, config.task.name),
         "image_size": (model.image_size, seen.image_size),
         "resize_size": (model.resize_size, seen.resize_size),
         "channels": (model.channels, seen.channels),
         "mean": (model.mean, config.mean),
         "std": (model.std, config.std),
     }
+    if isinstance(config.task, Regression):
+        stated |= {
+            "tolerance": (model.tolerance, config.task.tolerance),
+            "regression_loss": (model.regression_loss, config.task.loss_kind),
+            "classes": (model.classes, config.classes),  # its targets cannot grow
+        }
     for key, (wanted, has) in stated.items():
         if wanted and wanted != has:
             raise SettingsError(

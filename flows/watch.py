@@ -133,7 +133,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
     stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
-    labels = gather_labels(settings, batches, config.classes)
+    labels = gather_labels(settings, batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
     finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
