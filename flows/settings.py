@@ -111,6 +111,31 @@ class MemorySettings:
 
 
 @dataclass(frozen=True)
+class RetentionSettings:
+    """What `sustain prune` may delete; it only runs when it is called, or deployed.
+
+    Attributes:
+        keep: the newest versions stay, whatever their age.
+        days: younger versions stay.
+        archive: folder or fsspec URL that a version's files are copied to before they are deleted;
+            empty for none.
+        report_days: reports and feature tables of older checks are deleted (their figures and
+            decisions stay); 0 keeps them for ever.
+    """
+
+    keep: int = 5
+    days: float = 30.0
+    archive: str = ""
+    report_days: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        for name in ("keep", "days", "report_days"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class CheckSettings:
     """What a check looks at besides the batch as a whole, and what it leaves behind.
 
@@ -191,6 +216,7 @@ class Settings:
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     notify: NotifySettings = field(default_factory=NotifySettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
 
     @property
     def root(self) -> Path:
@@ -231,6 +257,7 @@ SECTIONS: dict[str, type[Any]] = {
     "gate": GateSettings,
     "memory": MemorySettings,
     "notify": NotifySettings,
+    "retention": RetentionSettings,
 }
 
 
