@@ -29,7 +29,9 @@ def label(world: World, number: int) -> None:
     digits = demo._optical()
     feed = world.path.parent / "feed"
     ids = (
-        [f"optical-{number:02}"] if number == 0 else demo._arrive(feed, "optical", digits, [number])
+        [f"optical-{number + 1:02}"]
+        if number == 0
+        else demo._arrive(feed, "optical", digits, [number])
     )
     demo._label_late(world.path.parent / "labels" / f"{number}.csv", feed, digits, ids)
 
