@@ -21,6 +21,7 @@ from flows.doubt import judge_delivery, write_suspicious
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
+from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
@@ -59,7 +60,7 @@ class Retrained:
         return f"version {self.version}{made} {what}: {self.reason}"
 
 
-@flow(name="retrain")
+@flow(name="retrain", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
 def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrained:
     """Make a challenger from the champion and the fresh labels, once, and let it be judged.
 
@@ -93,6 +94,7 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
     result = promote(settings_path, version=version.number)
+    tell(registry, settings, datetime.now(UTC))
     return Retrained(
         version.number, result.promoted, result.outcome, result.reason, made_now=made_now
     )

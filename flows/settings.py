@@ -130,6 +130,31 @@ class MemorySettings:
 
 
 @dataclass(frozen=True)
+class RetentionSettings:
+    """What `sustain prune` may delete; it only runs when it is called, or deployed.
+
+    Attributes:
+        keep: the newest versions stay, whatever their age.
+        days: younger versions stay.
+        archive: folder or fsspec URL that a version's files are copied to before they are deleted;
+            empty for none.
+        report_days: reports and feature tables of older checks are deleted (their figures and
+            decisions stay); 0 keeps them for ever.
+    """
+
+    keep: int = 5
+    days: float = 30.0
+    archive: str = ""
+    report_days: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        for name in ("keep", "days", "report_days"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class CheckSettings:
     """What a check looks at besides the batch as a whole, and what it leaves behind.
 
@@ -158,6 +183,36 @@ class CheckSettings:
             raise ValueError(f"slices names a column twice: {list(self.slices)}")
 
 
+NOTIFY_EVENTS = ("drift", "labels", "approval", "promoted", "refused", "rolled_back", "failed")
+ENVIRONMENT, BLOCK = "env:", "block:"
+
+
+@dataclass(frozen=True)
+class NotifySettings:
+    """Who is told of what.
+
+    Attributes:
+        to: `env:NAME`, an environment variable that holds an apprise URL (`slack://…`,
+            `mailto://…`, `json://…`), or `block:TYPE/NAME`, a notification block of Prefect's.
+            Addresses hold secrets, so none stands in the settings themselves.
+        events: which of drift (that hurts), labels (are wanted), approval (is wanted), promoted,
+            refused, rolled_back and failed (a flow).
+    """
+
+    to: tuple[str, ...] = ()
+    events: tuple[str, ...] = NOTIFY_EVENTS
+
+    def __post_init__(self) -> None:
+        """Refuse receivers of another form, and events that there are not."""
+        if any(not one.startswith((ENVIRONMENT, BLOCK)) for one in self.to):
+            raise ValueError(
+                f"to must name {ENVIRONMENT}VARIABLE or {BLOCK}TYPE/NAME: an address itself holds"
+                " secrets, so put it into an environment variable"
+            )
+        if odd := sorted(set(self.events) - set(NOTIFY_EVENTS)):
+            raise ValueError(f"events knows {', '.join(NOTIFY_EVENTS)}, not {', '.join(odd)}")
+
+
 def _bootstrap_training() -> TrainingSettings:
     return TrainingSettings(epochs=30, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False)
 
@@ -179,6 +234,8 @@ class Settings:
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
+    notify: NotifySettings = field(default_factory=NotifySettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
 
     @property
     def root(self) -> Path:
@@ -218,6 +275,8 @@ SECTIONS: dict[str, type[Any]] = {
     "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,
+    "notify": NotifySettings,
+    "retention": RetentionSettings,
 }
 
 
