@@ -74,7 +74,7 @@ def test_mlflow_goes_away_between_verdict_and_alias(
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Registry, "move_champion", away)
-            with pytest.raises(Exception, match="Max retries exceeded|refused|failed"):
+            with pytest.raises(Exception, match=r"Max retries exceeded|refused|failed"):
                 retrain(str(world.path))
         servers[:] = [start_mlflow(world.settings, port, logs)]
         wait_until_healthy(f"{address}/health", "MLflow", servers, logs)
