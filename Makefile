@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
-.PHONY: demo test test-fast lint format bench bench-cli bench-monitoring clean
+.PHONY: demo test test-fast lint format bench bench-cli bench-monitoring bench-month clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
@@ -37,6 +37,9 @@ bench-monitoring: $(INSTALLED)  ## monitoring on real data beside its peers: som
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python tests/bench/bench_monitoring.py
+
+bench-month: $(INSTALLED)  ## a simulated month through the real flows: some 20 minutes
+	$(BIN)/python tests/bench/bench_month.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
