@@ -34,6 +34,11 @@ class Answers:
         return np.asarray(self.predicted == self.labels)
 
     @property
+    def scores(self) -> NDArray[np.float64]:
+        """How good each answer is, (n,); higher is better: 1 for a right one, 0 for a wrong one."""
+        return self.right.astype(np.float64)
+
+    @property
     def accuracy(self) -> float:
         """Share of right answers; NaN for an empty set."""
         return float(self.right.mean()) if len(self.labels) else float("nan")
