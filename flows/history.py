@@ -83,7 +83,7 @@ def champion_at(history: Sequence[Tenure], moment: datetime) -> Tenure | None:
 
 
 def unrecorded(registry: Registry, history: Sequence[Tenure]) -> str:
-    """Say in what the alias differs from the record, as after a move by hand; empty if in nothing."""
+    """Say how the alias differs from the record, as after a move by hand; empty if it does not."""
     now = registry.alias(CHAMPION)
     last = history[-1].version if history else None
     if now == last:

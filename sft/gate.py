@@ -44,7 +44,9 @@ class GateSettings:
         max_drop: largest fall of accuracy on the old hold-out.
         max_drop_bound: largest fall that the 95 % lower bound may allow; 2 points as a bound would
             need over 900 samples.
-        max_class_drop: a class, or a slice, that falls by more, significantly, has collapsed.
+        max_class_drop: a class, or a slice, has collapsed when it falls by more, significantly, and
+            lies as far below the challenger's own mean. (The second, since a champion that answers
+            a new world with always the same class has all of that class right.)
         max_calibration_rise: largest rise of the expected calibration error, on fresh or on old
             data; a larger one counts when it is significant.
         max_latency_ratio: CPU time of an answer, as a multiple of the champion's.
@@ -335,10 +337,13 @@ def _nothing_collapses(
     before = np.concatenate([fresh.champion.scores, old.champion.scores])
     after = np.concatenate([fresh.challenger.scores, old.challenger.scores])
     groups = [*_classes(fresh, old, classes), *_slices(fresh, old)]
+    means = [np.full(len(p), p.challenger.scores.mean()) for p in (fresh, old) if len(p)]
+    expected = np.concatenate(means or [np.empty(0)])
     fallen = [
         f"{name} {_score(before[rows])} → {_score(after[rows])}"
         for name, rows in groups
         if (before[rows] - after[rows]).mean() > settings.max_class_drop
+        and (expected[rows] - after[rows]).mean() > settings.max_class_drop
         and paired_p_value(before[rows], after[rows]) <= settings.alpha / len(groups)
     ]
     sliced = bool(fresh.slices or old.slices)

@@ -250,7 +250,7 @@ def test_the_bootstrap_holds_its_level_on_real_scores_and_sees_a_gain() -> None:
     passed = 0
     for _ in range(200):
         drawn = rng.choice(difference, 60) * rng.choice([-1, 1], 60)
-        passed += bootstrap(drawn, 999)[0] <= 0.05
+        passed += bootstrap(drawn, 299)[0] <= 0.05
     assert passed <= 17  # of 200 at .05: the binomial's 98 % quantile
     p_value, bound = bootstrap(difference)
     assert p_value < 0.01
@@ -297,6 +297,16 @@ def test_a_slice_that_collapses_is_named() -> None:
     assert told.reason == "classes and slices that collapsed: camera = new 100.0 % → 66.7 %"
     with pytest.raises(ValueError, match="slice 'camera' has 3 values, not 400"):
         replace(hidden, slices={"camera": cameras[:3]})
+
+
+def test_a_class_that_a_lost_champion_always_answers_has_not_collapsed() -> None:
+    """It calls everything 0 and has every 0 right; the challenger has three in four of each."""
+    truth = np.arange(400) % 4
+    lost, found = answers(truth, truth == 0), answers(truth, np.arange(400) // 4 % 4 > 0)
+    assert found.right[truth == 0].mean() == 0.75
+    assert verdict(Pair(lost, found)).outcome is Outcome.PROMOTE
+    blind = answers(truth, truth > 0)
+    assert verdict(Pair(lost, blind)).reason == "classes that collapsed: a 100.0 % → 0.0 %"
 
 
 def test_a_slice_of_few_samples_is_no_proof() -> None:
