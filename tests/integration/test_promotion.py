@@ -64,7 +64,7 @@ def test_every_move_is_in_the_history_and_each_version_tells_its_story(
 ) -> None:
     """After a promotion, a rollback and a move by hand: who, when, why, instead of which."""
     world = small_world("history")
-    world.arrive(0, labelled=True)
+    (batch,) = world.arrive(0, labelled=True)
     assert retrain(str(world.path), cause="drift in batch x", check="0" * 32).promoted
     promoted = datetime.now(UTC)
     rollback(str(world.path), why="worse | much", who="ada")
@@ -105,9 +105,9 @@ def test_every_move_is_in_the_history_and_each_version_tells_its_story(
     assert "Tuned from [version 1](" in second
     assert "drift in batch x. [Drift report](" in second
     learned = registry.learned(registry.version(2)).head(100)
-    assert set(learned["sample_id"].str.split("/").str[0]) == {"optical-0000"}
+    assert set(learned["sample_id"].str.split("/").str[0]) == {batch}
     own = re.search(r"parents had not\*\*: (\d+), of which (\d+) are held out", second)
     assert own is not None
     assert own.groups() == ("100", str((learned["role"] == "holdout").sum()))
-    assert "- batches: `optical-0000` 100" in second
+    assert f"- batches: `{batch}` 100" in second
     assert "[confusion matrices](" in second
