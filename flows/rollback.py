@@ -10,6 +10,7 @@ import torch
 from prefect import flow
 
 from flows.history import show_in_prefect
+from flows.notify import tell
 from flows.registry import ROLLBACK, Registry, RegistryError, Version
 from flows.settings import load_settings
 
@@ -68,6 +69,7 @@ def rollback(
         return RolledBack(None, target.number, "it was champion already")
     move = registry.move_champion(target, by=ROLLBACK, why=why, now=now, who=who)
     show_in_prefect(registry)
+    tell(registry, settings, now)
     return RolledBack(move.before, move.after, why)
 
 

@@ -42,11 +42,12 @@ def latency_ratio(network: Network, other: Network, pixels: Tensor) -> float:
 
 
 def largest_change(network: Network, pixels: Tensor, before: NDArray[np.float32]) -> float:
-    """Largest difference of a probability from one that was kept.
+    """Largest difference of an answer from one that was kept; of a number over 1, its share.
 
     Args:
         network: asked again.
         pixels: uint8 (n, C, H, W).
-        before: (n, classes) float32.
+        before: (n, outputs) float32.
     """
-    return float(np.abs(network.embed(pixels)[1].numpy() - before).max())
+    change = np.abs(network.embed(pixels)[1].numpy() - before)
+    return float((change / np.maximum(1, np.abs(before))).max())

@@ -194,7 +194,7 @@ def bootstrap_level(name: str, n: int, draws: int) -> float:
     difference = scores[1] - scores[0]
     difference -= difference.mean()
     rng = np.random.default_rng(n)
-    rings = [bootstrap(rng.choice(difference, n), 499)[0] <= ALPHA for _ in range(draws)]
+    rings = [bootstrap(rng.choice(difference, n), 499) <= ALPHA for _ in range(draws)]
     return float(np.mean(rings))
 
 
