@@ -20,6 +20,7 @@ from sft.gate import (
     paired_p_value,
     samples_for_power,
 )
+from sft.tasks import Regression
 
 SETTINGS = GateSettings()
 CLASSES = ("a", "b", "c", "d")
@@ -277,6 +278,26 @@ def test_scores_of_right_and_wrong_are_judged_by_mcnemar_and_others_by_the_boots
     right = np.array([1.0] * 12 + [0.0] * 30)
     assert paired_p_value(right, np.zeros(42)) == mcnemar(12, 0)
     assert paired_p_value(right - 0.5, np.full(42, -0.5)) == bootstrap(right)
+
+
+def test_numbers_are_judged_by_their_scores_and_old_data_by_what_is_right() -> None:
+    """Errors halve on fresh data, though as many are within the tolerance: the bootstrap sees it.
+
+    Calibration and classes are not asked of a regression.
+    """
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 1, (150, 1)).astype(np.float32)
+    task = Regression(tolerance=10)
+
+    def off_by(size: float) -> Answers:
+        values = truth + rng.normal(0, size, truth.shape).astype(np.float32)
+        return Answers(values, truth, values, task)
+
+    given = verdict(Pair(off_by(1.0), off_by(0.5)), Pair(off_by(0.5), off_by(0.5)))
+    assert given.outcome is Outcome.PROMOTE
+    assert "paired bootstrap p = 5e-05" in given.reason
+    assert [c.name for c in given.criteria][1:] == ["no worse on old data", "no class collapses"]
+    assert verdict(Pair(off_by(0.5), off_by(1.0))).outcome is Outcome.REFUSE
 
 
 def test_a_slice_that_collapses_is_named() -> None:
