@@ -6,7 +6,11 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
+<<<<<<< HEAD
 .PHONY: demo test test-fast lint format bench bench-cli bench-monitoring bench-month clean
+=======
+.PHONY: demo test test-fast lint format bench bench-cli bench-gate bench-monitoring clean
+>>>>>>> b7
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
@@ -28,10 +32,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-cli bench-monitoring  ## all benchmarks; each writes tests/bench/results/NAME.{json,md}
+bench: bench-cli bench-gate bench-monitoring  ## all benchmarks; each writes tests/bench/results/NAME.{json,md}
 
 bench-cli: $(INSTALLED)
 	$(BIN)/python tests/bench/cli.py
+
+bench-gate: $(INSTALLED)  ## the gate's chances of error on real models: some minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[bench]' --constraint constraints.txt
+	$(BIN)/python tests/bench/bench_gate.py
 
 bench-monitoring: $(INSTALLED)  ## monitoring on real data beside its peers: some 25 minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

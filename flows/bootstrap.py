@@ -18,12 +18,14 @@ from scipy.stats import binomtest
 from flows.batches import read_batch
 from flows.digest import digest
 from flows.feed import describe_batch
+from flows.history import show_in_prefect
 from flows.intake import About
 from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
 from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
+from flows.story import first_story
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import answer
 from sft.memory import remember
@@ -94,6 +96,7 @@ def bootstrap(
     else:
         registry.finish_training(existing)
     if "verdict" not in existing.tags:
+        registry.describe(existing, first_story(registry, existing))
         registry.tag(
             existing, verdict_reason="the first version: nothing to compare with", verdict="first"
         )
@@ -101,6 +104,7 @@ def bootstrap(
         registry.move_champion(
             existing, by="bootstrap", why="the first version", now=datetime.now(UTC)
         )
+        show_in_prefect(registry)
     reference = registry.reference(existing)
     return Bootstrapped(existing.number, reference.accuracy, reference.n, tuple(notes))
 

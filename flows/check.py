@@ -28,7 +28,7 @@ from flows.intake import BatchData, TooManyBad
 from flows.package import see
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
-from flows.words import count
+from flows.words import count, slug
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
 from monitoring.detectors import Detection, detect_drift
 from monitoring.explain import farthest, moved_dimensions
@@ -599,7 +599,7 @@ def _show_in_prefect(registry: Registry, checked: Checked) -> None:
     run = registry.run_url(checked.run_id)
     report = registry.run_url(checked.run_id, artifact="report.html")
     create_markdown_artifact(
-        key=f"check-{_slug(registry.name)}",
+        key=f"check-{slug(registry.name)}",
         description=f"{checked.batch_id}: {checked.action}",
         markdown=(
             f"## {checked.action}: `{checked.batch_id}` against version {checked.champion}\n\n"
@@ -614,10 +614,6 @@ def _show_in_prefect(registry: Registry, checked: Checked) -> None:
             f" [version {checked.champion}]({registry.version_url(checked.champion)})\n"
         ),
     )
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
 def _fail(registry: Registry, batch: Batch, champion: Version, run_id: str, reason: str) -> Checked:

@@ -61,7 +61,7 @@ class Retrained:
 
 
 @flow(name="retrain", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
-def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrained:
+def retrain(settings_path: str, cause: str = "asked for by a person", check: str = "") -> Retrained:
     """Make a challenger from the champion and the fresh labels, once, and let it be judged.
 
     Run again with the same champion, labels and settings it finds the version that it made, and
@@ -70,6 +70,7 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     Args:
         settings_path: the model's TOML file.
         cause: why, for the record.
+        check: run of the check that caused it, if one did.
 
     Raises:
         RetrainError: too few fresh labels, or of too few classes.
@@ -88,12 +89,12 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     made_now = version is None
     if version is None:
         require_enough(fresh, settings)
-        version = make_challenger(registry, settings, champion, batches, fresh, key, cause)
+        version = make_challenger(registry, settings, champion, batches, fresh, key, cause, check)
     else:
         registry.finish_training(version)
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
-    result = promote(settings_path, version=version.number)
+    result = promote(settings_path, version=version.number, approved=False)
     tell(registry, settings, datetime.now(UTC))
     return Retrained(
         version.number, result.promoted, result.outcome, result.reason, made_now=made_now
@@ -124,6 +125,7 @@ def make_challenger(
     fresh: FreshSet,
     key: str,
     cause: str,
+    check: str,
 ) -> Version:
     """Fine-tune, build what the version carries, and register it once."""
     network = champion_network = registry.network(champion)
@@ -201,9 +203,9 @@ def make_challenger(
             code_version=installed_version("sustain"),
         ),
     )
-    version = registry.register(
-        made, key=key, run_id=run_id, tags={"parent": str(champion.number), "cause": cause}
-    )
+    tags = {"parent": str(champion.number), "cause": cause}
+    tags |= {"cause_check": check} if check else {}
+    version = registry.register(made, key=key, run_id=run_id, tags=tags)
     registry.end_run(run_id)
     return version
 

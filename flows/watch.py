@@ -44,6 +44,7 @@ from flows.fresh import (
     gather_labels,
     retrain_key,
 )
+from flows.history import show_in_prefect
 from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
@@ -174,6 +175,8 @@ def watch(settings_path: str) -> Watched:
     registry = Registry(settings)
     now = datetime.now(UTC)
     move = registry.observe_moves(now)
+    if move is not None:
+        show_in_prefect(registry)
     plan = make_plan(registry, settings, now)
     champion = plan.champion
     checked, unread = check_all(registry, settings, plan) if plan.pending else ((), ())
@@ -359,7 +362,7 @@ def start_retraining(
     )
     batch = cause.key.batch_id
     why = f"drift in batch {batch}" if cause.alarm else f"due at batch {batch}: {decision.reason}"
-    parameters = {"settings_path": str(settings.path), "cause": why}
+    parameters = {"settings_path": str(settings.path), "cause": why, "check": cause.run_id}
     deployment = f"retrain/{name}"
     if not _deployed(deployment):
         return retrain(**parameters).words
