@@ -37,6 +37,7 @@ from sft.models import (
     is_factory,
 )
 from sft.pictures import Preprocessing
+from sft.pixels import channel_statistics, take
 from sft.train import fine_tune
 
 FIRST_REGIME = "first"
@@ -110,7 +111,13 @@ def _labelled_pictures(
     """Read the data and settle which classes there are."""
     preprocessing = _preprocessing(settings)
     batch = describe_batch(data, settings.feed, Path.cwd())
-    read = read_batch(batch, settings.feed, Path.cwd(), preprocessing)
+    read = read_batch(
+        batch,
+        settings.feed,
+        Path.cwd(),
+        preprocessing,
+        in_memory_bytes=settings.memory.in_memory_bytes,
+    )
     notes = [f"{q.sample_id}: {q.reason}" for q in read.quarantined] + list(read.notes)
     given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
     if labels is not None:
@@ -141,7 +148,7 @@ def _labelled_pictures(
     return (
         LabelledPictures(
             tuple(ids),
-            torch.stack([read.pictures[place].pixels for place in kept]),
+            take(read.pixels, torch.tensor(kept)),
             torch.tensor([index[known[name]] for name in ids]),
         ),
         classes,
@@ -186,8 +193,14 @@ def _make(
         log_training(registry, run_id, tuned)
     network.eval()
     roles = [role_of(name) for name in pictures.sample_ids]
-    memory = remember(pictures, classes, roles, FIRST_REGIME, about).bounded(
-        rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
+    carried = settings.memory
+    memory = (
+        replace(
+            remember(pictures, classes, roles, FIRST_REGIME, about, encode=False),
+            in_memory_bytes=carried.in_memory_bytes,
+        )
+        .bounded(rehearsal=carried.rehearsal, holdout=carried.holdout)
+        .with_pictures(pictures)
     )
     labels = [classes[label] for label in pictures.labels.tolist()]
     learned = pd.DataFrame(
@@ -265,9 +278,8 @@ def _config(settings: Settings, train: LabelledPictures, classes: tuple[str, ...
             architecture, classes, preprocessing, settings.model.mean, settings.model.std
         )
     if architecture in BUILT_IN or (is_factory(architecture) and not settings.model.weights):
-        scaled = train.pixels.float().flatten(2) / 255.0
-        mean = scaled.mean(dim=(0, 2)).tolist()
-        std = scaled.std(dim=(0, 2)).clamp(min=1e-3).tolist()
+        mean, spread = channel_statistics(train.pixels)
+        std = [max(value, 1e-3) for value in spread]
     else:
         mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
         if preprocessing.channels == 1:
@@ -294,7 +306,7 @@ def _key(settings: Settings, pictures: LabelledPictures, adopt: str | None) -> s
     stated = {
         "bootstrap": asdict(settings.bootstrap),
         "model": asdict(replace(settings.model, name="")),
-        "memory": asdict(settings.memory),
+        "memory": settings.memory.carried,
         "data": list(zip(pictures.sample_ids, pictures.labels.tolist(), strict=True)),
         "adopt": hashlib.sha256(Path(adopt).read_bytes()).hexdigest() if adopt else None,
     }

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-import torch
-
 from flows.batches import read_batch
 from flows.check import representative
 from flows.feed import Batch, BatchNotReady
@@ -74,8 +72,7 @@ def answer_with_before(
         return
     classes = registry.config(champion).classes
     answers = dict(zip(features.sample_ids, features.predicted, strict=True))
-    pixels = torch.stack([picture.pixels for picture in read.pictures])
-    seen = extract(network, names, pixels)
+    seen = extract(network, names, read.pixels)
     theirs = [network.config.classes[place] for place in seen.predicted]
     now = [classes[answers[name]] == told[name] for name in names]
     then = [said == told[name] for said, name in zip(theirs, names, strict=True)]

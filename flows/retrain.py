@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
-from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -27,9 +26,10 @@ from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
 from sft.cache import ActivationCache
-from sft.dataset import LabelledPictures, Role, join, role_of
+from sft.dataset import LabelledPictures, Role, role_of
 from sft.memory import remember
 from sft.models import Network, widen
+from sft.pixels import PixelSink
 from sft.train import FineTuned, fine_tune
 
 
@@ -168,11 +168,14 @@ def make_challenger(
 
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
-    window = remember(labelled, classes, roles, regime, about).extended(
-        remember(unlabelled, classes, [Role.HOLDOUT] * len(unlabelled), regime, about)
+    held = [Role.HOLDOUT] * len(unlabelled)
+    window = remember(labelled, classes, roles, regime, about, encode=False).extended(
+        remember(unlabelled, classes, held, regime, about, encode=False)
     )
-    carried = memory.extended(window).bounded(
-        rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
+    carried = (
+        memory.extended(window)
+        .bounded(rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout)
+        .with_pictures(labelled, unlabelled)
     )
     learned = pd.DataFrame(
         {
@@ -195,7 +198,7 @@ def make_challenger(
         lineage=Lineage(
             parent=champion.number,
             cause=cause,
-            settings={"training": asdict(settings.training), "memory": asdict(settings.memory)},
+            settings={"training": asdict(settings.training), "memory": settings.memory.carried},
             learned_digest=fresh.digest,
             code_version=installed_version("sustain"),
         ),
@@ -227,8 +230,7 @@ def read_window(
     rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
     known = set(registry.learned(champion)["sample_id"])
     index = {name: place for place, name in enumerate(network.config.classes)}
-    labelled: list[tuple[str, torch.Tensor, int]] = []
-    unlabelled: list[tuple[str, torch.Tensor, int]] = []
+    labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}
     for batch in reversed(batches):  # the newest first: the window is bounded
         whole = batch.id in rang and len(unlabelled) < settings.memory.holdout
@@ -237,24 +239,24 @@ def read_window(
         only = None if whole else wanted[batch.id]
         try:
             read = read_batch(
-                batch, settings.feed, settings.root, network.config.preprocessing, only=only
+                batch,
+                settings.feed,
+                settings.root,
+                network.config.preprocessing,
+                only=only,
+                in_memory_bytes=settings.memory.in_memory_bytes,
             )
         except FeedError as error:
             if batch.id not in wanted:
                 continue  # it would only have added to the reference
             raise RetrainError(f"the fresh labels of a batch cannot be used: {error}") from error
         about |= read.about
-        for name, picture in zip(read.samples["sample_id"], read.pictures, strict=True):
+        for name, pixels in zip(read.samples["sample_id"], read.pixels, strict=True):
             if name in label_of:
-                labelled.append((name, picture.pixels, index[label_of[name]]))
-            elif name not in known:
-                unlabelled.append((name, picture.pixels, -1))
-    some = unlabelled[: settings.memory.holdout]
-    return (
-        _set(sorted(labelled, key=itemgetter(0)), network),
-        _set(sorted(some, key=itemgetter(0)), network),
-        about,
-    )
+                labelled.add(name, pixels, index[label_of[name]])
+            elif name not in known and len(unlabelled) < settings.memory.holdout:
+                unlabelled.add(name, pixels, -1)
+    return labelled.sorted(), unlabelled.sorted(), about
 
 
 def tune(
@@ -299,15 +301,26 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
     )
 
 
-def _set(samples: Sequence[tuple[str, torch.Tensor, int]], network: Network) -> LabelledPictures:
-    size = network.config.preprocessing.image_size
-    channels = network.config.preprocessing.channels
-    empty = LabelledPictures(
-        (),
-        torch.empty(0, channels, size, size, dtype=torch.uint8),
-        torch.empty(0, dtype=torch.int64),
-    )
-    if not samples:
-        return empty
-    names, pixels, labels = zip(*samples, strict=True)
-    return join([empty, LabelledPictures(names, torch.stack(pixels), torch.tensor(labels))])
+class _Window:
+    """Collects the samples of several batches."""
+
+    def __init__(self, network: Network, settings: Settings) -> None:
+        seen = network.config.preprocessing
+        shape = (seen.channels, seen.image_size, seen.image_size)
+        self._pixels = PixelSink(shape, settings.memory.in_memory_bytes)
+        self._names: list[str] = []
+        self._labels: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, pixels: torch.Tensor, label: int) -> None:
+        self._names.append(name)
+        self._labels.append(label)
+        self._pixels.add(pixels)
+
+    def sorted(self) -> LabelledPictures:
+        """Give the samples by their ids, whatever the order of their batches."""
+        labels = torch.tensor(self._labels, dtype=torch.int64)
+        data = LabelledPictures(tuple(self._names), self._pixels.finish(), labels)
+        return data.take(sorted(range(len(data)), key=self._names.__getitem__))

@@ -1,4 +1,4 @@
-"""Labelled pictures in memory: fixed roles, and batches that mix fresh with rehearsed samples."""
+"""Labelled pictures: fixed roles, and batches that mix fresh with rehearsed samples."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from enum import StrEnum
 import numpy as np
 import torch
 from torch import Tensor
+
+from sft.pixels import Pixels, concatenate, take
 
 HOLDOUT_SHARE = 0.3
 VALIDATION_SHARE = 0.1
@@ -45,13 +47,16 @@ class LabelledPictures:
 
     Attributes:
         sample_ids: n ids.
-        pixels: uint8 (n, C, H, W).
+        pixels: uint8 (n, C, H, W), in memory or in a file.
         labels: int64 (n,), the index of the class.
+        weights: float32 (n,), how much each sample counts, less where its label is in doubt; None:
+            all the same.
     """
 
     sample_ids: tuple[str, ...]
-    pixels: Tensor
+    pixels: Pixels
     labels: Tensor
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts of unequal length."""
@@ -60,6 +65,8 @@ class LabelledPictures:
                 f"{len(self.sample_ids)} ids, {len(self.pixels)} pictures and"
                 f" {len(self.labels)} labels do not belong together"
             )
+        if self.weights is not None and len(self.weights) != len(self.labels):
+            raise ValueError(f"{len(self.labels)} labels, but {len(self.weights)} weights")
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -68,7 +75,18 @@ class LabelledPictures:
         """Return the samples at these places, in this order."""
         places = torch.as_tensor(list(index), dtype=torch.int64)
         ids = tuple(self.sample_ids[i] for i in index)
-        return LabelledPictures(ids, self.pixels[places], self.labels[places])
+        weights = None if self.weights is None else self.weights[places]
+        return LabelledPictures(ids, take(self.pixels, places), self.labels[places], weights)
+
+    def split(self, size: int) -> Iterator[LabelledPictures]:
+        """Give so many samples at a time, in their order."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+    @property
+    def shares(self) -> Tensor:
+        """How much each sample counts, float32 (n,)."""
+        return torch.ones(len(self)) if self.weights is None else self.weights
 
     def with_role(self, role: Role) -> LabelledPictures:
         """Return the samples whose id has this role."""
@@ -79,10 +97,12 @@ def join(parts: Sequence[LabelledPictures]) -> LabelledPictures:
     """Put several sets behind one another; raises ValueError when there is none."""
     if not parts:
         raise ValueError("nothing to join")
+    weighted = any(part.weights is not None for part in parts)
     return LabelledPictures(
         tuple(name for part in parts for name in part.sample_ids),
-        torch.cat([part.pixels for part in parts]),
+        concatenate([part.pixels for part in parts]),
         torch.cat([part.labels for part in parts]),
+        torch.cat([part.shares for part in parts]) if weighted else None,
     )
 
 
@@ -94,13 +114,13 @@ def batches(
     rehearsal: float,
     generator: torch.Generator,
     balanced: bool = False,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
 
-    Yields uint8 pictures (b, C, H, W), labels (b,) and whether each is old, bool (b,). The old
-    samples of a batch are drawn uniformly, and repeated only when the memory holds fewer than the
-    share asks for. With `balanced` as many fresh samples are drawn with repetition, each class
-    equally often.
+    Yields uint8 pictures (b, C, H, W), labels (b,), whether each is old, bool (b,), and how much
+    each counts, float32 (b,). The old samples of a batch are drawn uniformly, and repeated only
+    when the memory holds fewer than the share asks for. With `balanced` as many fresh samples are
+    drawn with repetition, each class equally often.
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
@@ -108,14 +128,15 @@ def batches(
     if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
         chunks[-2:] = [torch.cat(chunks[-2:])]
     for chosen in chunks:
-        pixels, labels = fresh.pixels[chosen], fresh.labels[chosen]
+        pixels, labels, shares = fresh.pixels[chosen], fresh.labels[chosen], fresh.shares[chosen]
         if memory is not None and old_count:
             share = max(1, round(old_count * len(chosen) / fresh_count))
             old = torch.randperm(len(memory), generator=generator)
             old = old.repeat(math.ceil(share / len(old)))[:share]
             pixels = torch.cat([pixels, memory.pixels[old]])
             labels = torch.cat([labels, memory.labels[old]])
-        yield pixels, labels, torch.arange(len(labels)) >= len(chosen)
+            shares = torch.cat([shares, memory.shares[old]])
+        yield pixels, labels, torch.arange(len(labels)) >= len(chosen), shares
 
 
 def _order(fresh: LabelledPictures, generator: torch.Generator, *, balanced: bool) -> Tensor:

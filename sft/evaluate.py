@@ -9,10 +9,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
 from sft.dataset import LabelledPictures
 from sft.models import Network
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How one class is answered; NaN where there is nothing to count.
+
+    Attributes:
+        support: samples of the class.
+        recall: share of them that is answered with the class.
+        precision: share of the answers with the class that are right.
+    """
+
+    support: int
+    recall: float
+    precision: float
 
 
 @dataclass(frozen=True)
@@ -38,12 +54,18 @@ class Answers:
         """Share of right answers; NaN for an empty set."""
         return float(self.right.mean()) if len(self.labels) else float("nan")
 
-    def per_class(self, classes: tuple[str, ...]) -> dict[str, float]:
-        """Accuracy (recall) of each class that occurs among the labels."""
+    def per_class(self, classes: Sequence[str]) -> dict[str, ClassScore]:
+        """Score each class that occurs among the labels or the answers."""
+        counts = confusion(self, len(classes))
+        given, answered, right = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
         return {
-            name: float(self.right[self.labels == index].mean())
-            for index, name in enumerate(classes)
-            if (self.labels == index).any()
+            name: ClassScore(
+                support=int(given[place]),
+                recall=_share(right[place], given[place]),
+                precision=_share(right[place], answered[place]),
+            )
+            for place, name in enumerate(classes)
+            if given[place] or answered[place]
         }
 
 
@@ -69,15 +91,25 @@ def confusion(answers: Answers, classes: int) -> NDArray[np.int64]:
 def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float, float]:
     """Give cross-entropy and accuracy, each set with the same weight.
 
-    Empty sets are left out; without any sample both are NaN. The network's mode stays as it is.
+    Within a set, samples count by their weights. Empty sets are left out; without any sample both
+    are NaN. The network's mode stays as it is.
     """
     losses, accuracies = [], []
     with torch.inference_mode():
         for data in sets:
             if len(data):
                 logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
-                losses.append(functional.cross_entropy(logits, data.labels).item())
-                accuracies.append((logits.argmax(1) == data.labels).float().mean().item())
+                loss = functional.cross_entropy(logits, data.labels, reduction="none")
+                losses.append(_mean(loss, data.weights))
+                accuracies.append(_mean((logits.argmax(1) == data.labels).float(), data.weights))
     if not losses:
         return math.nan, math.nan
     return sum(losses) / len(losses), sum(accuracies) / len(accuracies)
+
+
+def _share(part: int, whole: int) -> float:
+    return float(part / whole) if whole else math.nan
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> float:
+    return (values.mean() if weights is None else (values * weights).sum() / weights.sum()).item()

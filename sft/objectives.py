@@ -260,12 +260,7 @@ def soft_targets(labels: Tensor, classes: int, *, smoothing: float = 0.0) -> Ten
     return hard * (1 - smoothing) + smoothing / classes
 
 
-def soft_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor | None = None,
-    samples: Tensor | None = None,
-) -> Tensor:
+def soft_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Cross-entropy towards shares of classes, as label smoothing and mixup make them.
 
     With targets of 0 and 1 it is `functional.cross_entropy(logits, labels, weights)`: the weighted
@@ -273,13 +268,11 @@ def soft_cross_entropy(
 
     Args:
         logits: (n, classes).
-        targets: (n, classes), each row sums to 1.
+        targets: (n, classes), each row sums to how much the sample counts: 1, or less where its
+            label is in doubt.
         weights: (classes,), how much each class counts.
-        samples: (n,), how much each sample counts, such as one whose label is in doubt.
     """
     shares = targets if weights is None else targets * weights
-    if samples is not None:
-        shares = shares * samples.unsqueeze(1)
     total = shares.sum()
     if not total > 0:
         return (logits * 0).sum()
