@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from prefect import flow
-from rich.progress import Progress
 from scipy.stats import binomtest
 
 from flows.batches import read_batch
@@ -21,6 +20,7 @@ from flows.feed import describe_batch
 from flows.intake import About
 from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
+from flows.progress import TrainingBar
 from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
@@ -180,14 +180,15 @@ def _make(
     registry.log(run_id, params={**asdict(settings.bootstrap), **asdict(settings.model)})
     network = _network(settings, config, adopt)
     if adopt is None:
-        with Progress(transient=True) as progress:
-            bar = progress.add_task("training the first champion", total=settings.bootstrap.epochs)
+        bar = TrainingBar("training the first champion", len(train), settings.bootstrap.epochs)
+        with bar:
             tuned = fine_tune(
                 network,
                 train,
                 settings.bootstrap,
                 validation=(pictures.with_role(Role.VALIDATION),),
-                on_epoch=lambda _: progress.advance(bar),
+                on_epoch=bar.on_epoch,
+                on_batch=bar.on_batch,
             )
         network = tuned.network
         log_training(registry, run_id, tuned)

@@ -13,6 +13,7 @@ import numpy as np
 from prefect import flow
 
 from flows.registry import CHALLENGER, CHAMPION, Registry, RegistryError, Version
+from flows.scores import per_class, worst_classes
 from flows.settings import Settings, load_settings
 from sft.dataset import LabelledPictures, Role, join
 from sft.evaluate import Answers, answer, confusion
@@ -20,6 +21,9 @@ from sft.gate import Outcome, Pair, Verdict, judge
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import Preprocessing
+
+MAX_TAG = 4000
+"""Characters: MLflow takes 5,000 in a version's tag."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +157,11 @@ def _log_scores(
     pairs: Mapping[str, Pair],
     classes: Sequence[str],
 ) -> None:
-    """Put both versions' accuracy, by class too, and confusions on the training run."""
+    """Put both versions' accuracy and confusions on the training run, and a table by class."""
     scores = {
         name: {
             f"version {version.number}": {
                 "accuracy": answers.accuracy,
-                "per_class": answers.per_class(tuple(classes)),
                 "confusion": confusion(answers, len(classes)).tolist(),
             }
             for version, answers in ((champion, pair.champion), (candidate, pair.challenger))
@@ -168,6 +171,10 @@ def _log_scores(
     }
     text = json.dumps({"classes": classes, **scores}, indent=2)
     registry.log_text(candidate.run_id, text, f"scores-against-{champion.number}.json")
+    table = per_class(pairs, classes)
+    csv = table.to_csv(index=False).encode(errors="backslashreplace").decode()
+    registry.log_text(candidate.run_id, csv, f"per-class-against-{champion.number}.csv")
+    registry.tag(candidate, worst_classes=worst_classes(table)[:MAX_TAG])
 
 
 def _log_charts(
@@ -210,7 +217,8 @@ def _record(registry: Registry, candidate: Version, champion: Version, verdict: 
     registry.describe(
         candidate,
         f"**{verdict.outcome.value}** against version {champion.number}\n\n{table}\n\n"
-        f"Cause: {candidate.tags.get('cause', 'unknown')}.",
+        f"Cause: {candidate.tags.get('cause', 'unknown')}."
+        f"\n\nLabels: {candidate.tags.get('labels', 'not judged')}.",
     )
     registry.tag(
         candidate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
@@ -13,14 +13,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from prefect import flow
-from rich.progress import Progress
 
 from flows.batches import read_batch
-from flows.doubt import judge_delivery, write_suspicious
+from flows.doubt import PAGE, judge_delivery, suspicious_files
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
 from flows.package import Lineage, Package, build_reference
+from flows.progress import TrainingBar
 from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
@@ -29,6 +29,7 @@ from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.memory import remember
 from sft.models import Network, widen
+from sft.noise import LabelVerdict
 from sft.pixels import PixelSink
 from sft.train import FineTuned, fine_tune
 
@@ -38,7 +39,14 @@ class RetrainError(ValueError):
 
 
 class LabelsRefusedError(RetrainError):
-    """The labels were read and cannot be learned from: the same ones would be refused again."""
+    """The labels were read and cannot be learned from: the same ones would be refused again.
+
+    `files` (name to text) show the suspicious ones.
+    """
+
+    def __init__(self, words: str, files: Mapping[str, str] | None = None) -> None:
+        super().__init__(words)
+        self.files = files or {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Retrained:
     outcome: str
     reason: str
     made_now: bool
+    worst: str = ""
 
     @property
     def words(self) -> str:
@@ -94,7 +103,12 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
         registry.set_alias(CHALLENGER, version)
     result = promote(settings_path, version=version.number)
     return Retrained(
-        version.number, result.promoted, result.outcome, result.reason, made_now=made_now
+        version.number,
+        result.promoted,
+        result.outcome,
+        result.reason,
+        made_now=made_now,
+        worst=registry.version(version.number).tags.get("worst_classes", ""),
     )
 
 
@@ -141,9 +155,7 @@ def make_challenger(
     old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing)
     delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise)
     if delivery.verdict.stop:
-        raise LabelsRefusedError(
-            f"{delivery.verdict.words} (or raise max_wrong_share under [noise])"
-        )
+        raise _refused(registry, champion, labelled, delivery.verdict, classes)
     run_id = registry.begin_training(
         f"retrain v{champion.number}",
         {
@@ -160,11 +172,11 @@ def make_challenger(
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing)
     tuned = tune(network, champion_network, delivery.believed, old, old_validation, settings)
     log_training(registry, run_id, tuned)
-    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
-        write_suspicious(Path(name), delivery.usable, delivery.doubt, classes)
-        for path in sorted(Path(name).iterdir()):
-            registry.log_file(run_id, path)
-    registry.log(run_id, tags={"sustain.labels": delivery.verdict.words})
+    files = suspicious_files(delivery.usable, delivery.doubt, classes)
+    for name, text in files.items():
+        registry.log_text(run_id, text, name)
+    doubts = delivery.verdict.words + (f"; {PAGE} shows those to learn from" if files else "")
+    registry.log(run_id, tags={"sustain.labels": doubts})
 
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
@@ -204,10 +216,33 @@ def make_challenger(
         ),
     )
     version = registry.register(
-        made, key=key, run_id=run_id, tags={"parent": str(champion.number), "cause": cause}
+        made,
+        key=key,
+        run_id=run_id,
+        tags={"parent": str(champion.number), "cause": cause, "labels": doubts},
     )
     registry.end_run(run_id)
     return version
+
+
+def _refused(
+    registry: Registry,
+    champion: Version,
+    labelled: LabelledPictures,
+    verdict: LabelVerdict,
+    classes: Sequence[str],
+) -> LabelsRefusedError:
+    """Put the suspicious labels of a refused delivery on a run of their own."""
+    files = suspicious_files(labelled, verdict, classes)
+    words = f"{verdict.words} (or raise max_wrong_share under [noise])"
+    if files:
+        run = f"refused labels v{champion.number}"
+        run_id = registry.begin_training(run, {"sustain.labels": verdict.words})
+        for name, text in files.items():
+            registry.log_text(run_id, text, name)
+        registry.end_run(run_id, failed=True)
+        words += f"; {PAGE} on the run {run!r} in MLflow shows them"
+    return LabelsRefusedError(words, files)
 
 
 def read_window(
@@ -268,22 +303,26 @@ def tune(
     settings: Settings,
 ) -> FineTuned:
     """Fine-tune with rehearsal; stop early on fresh and old validation data together."""
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("fine-tuning", total=settings.training.epochs)
+    train = labelled.with_role(Role.TRAIN)
+    bar = TrainingBar("fine-tuning", len(train), settings.training.epochs)
+    with bar:
         return fine_tune(
             network,
-            labelled.with_role(Role.TRAIN),
+            train,
             settings.training,
             memory=old,
             anchor=champion,
             cache=ActivationCache(),
             validation=(labelled.with_role(Role.VALIDATION), old_validation),
-            on_epoch=lambda _: progress.advance(bar),
+            on_epoch=bar.on_epoch,
+            on_batch=bar.on_batch,
         )
 
 
 def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
-    """Put the loss curves and the reason for stopping on the training run."""
+    """Put the loss curves, as figures and as a picture, and the reason for stopping on the run."""
+    from flows.charts import draw_training  # matplotlib takes a second
+
     for epoch in tuned.epochs:
         registry.log(
             run_id,
@@ -291,6 +330,7 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
                 "train.loss": epoch.train_loss,
                 "validation.loss": epoch.validation_loss,
                 "validation.accuracy": epoch.validation_accuracy,
+                "learning_rate": epoch.learning_rate,
             },
             step=epoch.number,
         )
@@ -299,6 +339,10 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
         metrics={"best_epoch": float(tuned.best_epoch), "interpolation.alpha": tuned.alpha},
         tags={"sustain.stopped": tuned.stopped, "sustain.corrected": "; ".join(tuned.notes)},
     )
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        path = Path(name) / "training.png"
+        draw_training(path, tuned)
+        registry.log_file(run_id, path)
 
 
 class _Window:

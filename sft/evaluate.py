@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,14 +71,31 @@ class Answers:
 
 def answer(network: Network, data: LabelledPictures, *, batch_size: int = 256) -> Answers:
     """Let the network answer every sample, in the order of the set."""
-    chunks = [network.embed(pixels)[1] for pixels in data.pixels.split(batch_size)]
-    width = len(network.config.classes)
-    probabilities = torch.cat(chunks) if len(data) else torch.empty(0, width)
+    passes = (network.embed(pixels)[1:] for pixels in data.pixels.split(batch_size))
+    probabilities = torch.empty(0, len(network.config.classes))
+    if len(data):
+        [probabilities] = collect(passes, len(data))
     return Answers(
         predicted=probabilities.argmax(dim=1).numpy(),
         labels=data.labels.numpy(),
         probabilities=probabilities.numpy(),
     )
+
+
+def collect(passes: Iterable[Sequence[Tensor]], n: int) -> list[Tensor]:
+    """Put what each pass gives, (b, …), into tables float32 (n, …); no pass, no table.
+
+    A list of them would keep small tensors between the large ones of each pass, so that the C
+    library could not use that memory again: 1 MB a pass was seen.
+    """
+    tables: list[Tensor] = []
+    start = 0
+    for given in passes:
+        tables = tables or [torch.empty(n, *rows.shape[1:]) for rows in given]
+        for table, rows in zip(tables, given, strict=True):
+            table[start : start + len(rows)] = rows
+        start += len(given[0])
+    return tables
 
 
 def confusion(answers: Answers, classes: int) -> NDArray[np.int64]:
@@ -98,7 +115,7 @@ def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float
     with torch.inference_mode():
         for data in sets:
             if len(data):
-                logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
+                [logits] = collect(([network(part)] for part in data.pixels.split(256)), len(data))
                 loss = functional.cross_entropy(logits, data.labels, reduction="none")
                 losses.append(_mean(loss, data.weights))
                 accuracies.append(_mean((logits.argmax(1) == data.labels).float(), data.weights))

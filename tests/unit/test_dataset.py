@@ -26,7 +26,7 @@ def one_pass(
 ) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     given = batches(fresh, memory, batch_size=batch_size, rehearsal=rehearsal, generator=generator)
-    return [(pixels, labels) for pixels, labels, _ in given]
+    return [(pixels, labels) for pixels, labels, *_ in given]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,6 @@ def test_a_last_batch_of_one_joins_the_one_before() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [
         len(labels)
-        for _, labels, _ in batches(data, None, batch_size=4, rehearsal=0.0, generator=generator)
+        for _, labels, *_ in batches(data, None, batch_size=4, rehearsal=0.0, generator=generator)
     ]
     assert sizes == [4, 5]

@@ -20,14 +20,15 @@ def answers(predicted: list[int], labels: list[int]) -> Answers:
 
 
 def test_scores_by_hand() -> None:
-    """Accuracy, recall of each class that occurs, and the counts of (true, predicted)."""
+    """Accuracy, each class that occurs or is answered, and the counts of (true, predicted)."""
     given = answers([0, 1, 1, 2, 0, 0], [0, 0, 1, 1, 1, 0])
     assert given.right.tolist() == [True, False, True, False, False, True]
     assert given.accuracy == pytest.approx(3 / 6)
-    assert given.per_class(("x", "y", "z")) == {
-        "x": pytest.approx(2 / 3),
-        "y": pytest.approx(1 / 3),
-    }
+    scores = given.per_class(("x", "y", "z", "never"))
+    assert [(name, s.support) for name, s in scores.items()] == [("x", 3), ("y", 3), ("z", 0)]
+    assert [s.precision for s in scores.values()] == pytest.approx([2 / 3, 1 / 2, 0])
+    assert [scores[name].recall for name in "xy"] == pytest.approx([2 / 3, 1 / 3])
+    assert math.isnan(scores["z"].recall)
     assert confusion(given, 3).tolist() == [[2, 1, 0], [1, 1, 1], [0, 0, 0]]
 
 
