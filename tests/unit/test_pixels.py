@@ -175,10 +175,10 @@ print(use(N, 4), use(N, 4096))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells RssAnon")
 def test_memory_stays_bounded() -> None:
-    """A set of 39 MB under a bound of 4 takes less than 25 in all; in memory it takes it whole."""
+    """A set of 39 MB takes less than 30 under a bound of 4, and else over 60 (it is stacked)."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURED], check=True, capture_output=True, text=True
     )
     bounded, whole = map(float, done.stdout.split())
-    assert bounded < 25, done.stdout
-    assert whole > 39, done.stdout
+    assert bounded < 30, done.stdout
+    assert whole > 60, done.stdout
