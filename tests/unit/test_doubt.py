@@ -76,7 +76,7 @@ def test_suspicious_labels_are_shown_most_doubtful_first() -> None:
     assert "script" not in page.tags
     assert "b" in page.tags
     assert page.tags.count("img") == len(table)
-    places = [page.text.index(f" {name}") for name in table["sample_id"]]
+    places = [page.text.index(f" {name}labelled") for name in table["sample_id"]]
     assert places == sorted(places)
     assert f"labelled {table['label'][0]}, likelier {table['likely'][0]}" in page.text
 
