@@ -19,6 +19,7 @@ from flows.doubt import PAGE, judge_delivery, suspicious_files
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
+from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.progress import TrainingBar
 from flows.promote import promote
@@ -68,7 +69,7 @@ class Retrained:
         return f"version {self.version}{made} {what}: {self.reason}"
 
 
-@flow(name="retrain")
+@flow(name="retrain", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
 def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrained:
     """Make a challenger from the champion and the fresh labels, once, and let it be judged.
 
@@ -89,7 +90,7 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     batches = list_batches(settings.feed, settings.root)
     config = registry.config(champion)
     refuse_contradiction(settings, config)
-    labels = gather_labels(settings, batches, config.classes)
+    labels = gather_labels(settings, batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     key = retrain_key(champion.number, fresh, settings)
     version = registry.find_version(key)
@@ -102,6 +103,7 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
     result = promote(settings_path, version=version.number)
+    tell(registry, settings, datetime.now(UTC))
     return Retrained(
         version.number,
         result.promoted,
@@ -139,10 +141,9 @@ def make_challenger(
 ) -> Version:
     """Fine-tune, build what the version carries, and register it once."""
     network = champion_network = registry.network(champion)
-    classes = tuple(network.config.classes)
-    if new := [
-        c for c in settings.model.classes if c not in classes and c in set(fresh.table["label"])
-    ]:
+    classes, task = tuple(network.config.classes), network.config.task
+    told = task.names_in(fresh.table["label"]) if task.grows else ()
+    if new := [c for c in settings.model.classes if c not in classes and c in told]:
         network = widen(network, (*classes, *new), seed=settings.training.seed)
         classes = network.config.classes
     memory = registry.memory(champion)
@@ -152,7 +153,7 @@ def make_challenger(
     except RetrainError as error:
         raise LabelsRefusedError(f"of the pictures that can be read: {error}") from error
     kept = memory.without(labelled.sample_ids)  # a corrected label replaces the old one
-    old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing)
+    old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing, task)
     delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise)
     if delivery.verdict.stop:
         raise _refused(registry, champion, labelled, delivery.verdict, classes)
@@ -169,7 +170,7 @@ def make_challenger(
         run_id,
         params={**asdict(settings.training), "parent": champion.number, "fresh": dict(counts)},
     )
-    old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing)
+    old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
     tuned = tune(network, champion_network, delivery.believed, old, old_validation, settings)
     log_training(registry, run_id, tuned)
     files = suspicious_files(delivery.usable, delivery.doubt, classes)
@@ -181,8 +182,8 @@ def make_challenger(
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
     held = [Role.HOLDOUT] * len(unlabelled)
-    window = remember(labelled, classes, roles, regime, about, encode=False).extended(
-        remember(unlabelled, classes, held, regime, about, encode=False)
+    window = remember(labelled, classes, roles, regime, about, task, encode=False).extended(
+        remember(unlabelled, classes, held, regime, about, task, encode=False)
     )
     carried = (
         memory.extended(window)
@@ -192,7 +193,7 @@ def make_challenger(
     learned = pd.DataFrame(
         {
             "sample_id": list(labelled.sample_ids),
-            "label": [classes[label] for label in labelled.labels.tolist()],
+            "label": task.texts(labelled.labels, classes),
             "role": [role.value for role in roles],
         }
     )
@@ -264,7 +265,6 @@ def read_window(
         wanted[name.split("/", 1)[0]].add(name)
     rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
     known = set(registry.learned(champion)["sample_id"])
-    index = {name: place for place, name in enumerate(network.config.classes)}
     labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}
     for batch in reversed(batches):  # the newest first: the window is bounded
@@ -288,9 +288,9 @@ def read_window(
         about |= read.about
         for name, pixels in zip(read.samples["sample_id"], read.pixels, strict=True):
             if name in label_of:
-                labelled.add(name, pixels, index[label_of[name]])
+                labelled.add(name, pixels, label_of[name])
             elif name not in known and len(unlabelled) < settings.memory.holdout:
-                unlabelled.add(name, pixels, -1)
+                unlabelled.add(name, pixels, None)
     return labelled.sorted(), unlabelled.sorted(), about
 
 
@@ -349,22 +349,23 @@ class _Window:
     """Collects the samples of several batches."""
 
     def __init__(self, network: Network, settings: Settings) -> None:
-        seen = network.config.preprocessing
+        self._config = network.config
+        seen = self._config.preprocessing
         shape = (seen.channels, seen.image_size, seen.image_size)
         self._pixels = PixelSink(shape, settings.memory.in_memory_bytes)
         self._names: list[str] = []
-        self._labels: list[int] = []
+        self._labels: list[str | None] = []
 
     def __len__(self) -> int:
         return len(self._names)
 
-    def add(self, name: str, pixels: torch.Tensor, label: int) -> None:
+    def add(self, name: str, pixels: torch.Tensor, label: str | None) -> None:
         self._names.append(name)
         self._labels.append(label)
         self._pixels.add(pixels)
 
     def sorted(self) -> LabelledPictures:
         """Give the samples by their ids, whatever the order of their batches."""
-        labels = torch.tensor(self._labels, dtype=torch.int64)
+        labels = self._config.task.rows(self._labels, self._config.classes)
         data = LabelledPictures(tuple(self._names), self._pixels.finish(), labels)
         return data.take(sorted(range(len(data)), key=self._names.__getitem__))

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from sft.pixels import Pixels, concatenate, take
+from sft.tasks import SINGLE_LABEL, Task
 
 HOLDOUT_SHARE = 0.3
+TINY = float(np.finfo(np.float32).tiny)
 VALIDATION_SHARE = 0.1
 
 
@@ -48,7 +50,8 @@ class LabelledPictures:
     Attributes:
         sample_ids: n ids.
         pixels: uint8 (n, C, H, W), in memory or in a file.
-        labels: int64 (n,), the index of the class.
+        labels: (n, …), as the task has them: int64 (n,), the index of the class, or float32
+            (n, outputs).
         weights: float32 (n,), how much each sample counts, less where its label is in doubt; None:
             all the same.
     """
@@ -114,17 +117,18 @@ def batches(
     rehearsal: float,
     generator: torch.Generator,
     balanced: bool = False,
+    task: Task = SINGLE_LABEL,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
 
     Yields uint8 pictures (b, C, H, W), labels (b,), whether each is old, bool (b,), and how much
     each counts, float32 (b,). The old samples of a batch are drawn uniformly, and repeated only
     when the memory holds fewer than the share asks for. With `balanced` as many fresh samples are
-    drawn with repetition, each class equally often.
+    drawn with repetition, each class equally often, as the task tells classes.
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
-    chunks = list(_order(fresh, generator, balanced=balanced).split(fresh_count))
+    chunks = list(_order(fresh, generator, task, balanced=balanced).split(fresh_count))
     if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
         chunks[-2:] = [torch.cat(chunks[-2:])]
     for chosen in chunks:
@@ -139,29 +143,36 @@ def batches(
         yield pixels, labels, torch.arange(len(labels)) >= len(chosen), shares
 
 
-def _order(fresh: LabelledPictures, generator: torch.Generator, *, balanced: bool) -> Tensor:
+def _order(
+    fresh: LabelledPictures, generator: torch.Generator, task: Task, *, balanced: bool
+) -> Tensor:
     if not balanced:
         return torch.randperm(len(fresh), generator=generator)
-    counts = torch.bincount(fresh.labels).float()
-    shares = 1 / counts[fresh.labels]
+    outputs = 0 if fresh.labels.ndim == 1 else fresh.labels.shape[1]
+    shares = 1 / task.alike(fresh.labels, task.counts(fresh.labels, outputs)).float()
     return torch.multinomial(shares, len(fresh), replacement=True, generator=generator)
 
 
 def mixup(
-    pixels: Tensor, targets: Tensor, alpha: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+    pixels: Tensor, targets: Tensor, shares: Tensor, alpha: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Blend each picture and its target with another of the batch (Zhang et al. 2018).
+
+    The part of a sample that counts for less is as much smaller in the blend's target.
 
     Args:
         pixels: uint8 (n, C, H, W).
-        targets: float (n, classes), shares of classes.
+        targets: float (n, outputs), of which blends are targets too, such as shares of classes.
+        shares: float (n,), how much each sample counts.
         alpha: of the Beta(alpha, alpha) that the shares of a batch are drawn from; 0: no blending.
         generator: source of the partners and the share.
     """
     if alpha == 0 or len(pixels) < 2:  # noqa: PLR2004 - nobody to blend with
-        return pixels, targets
+        return pixels, targets, shares
     seed = int(torch.randint(2**31, (), generator=generator))
     share = float(np.random.default_rng(seed).beta(alpha, alpha))
     partner = torch.randperm(len(pixels), generator=generator)
     blended = pixels.float().lerp(pixels[partner].float(), 1 - share).round().to(torch.uint8)
-    return blended, targets.lerp(targets[partner], 1 - share)
+    counted, blends = targets * shares.unsqueeze(1), shares.lerp(shares[partner], 1 - share)
+    counted = counted.lerp(counted[partner], 1 - share)
+    return blended, counted / blends.clamp(min=TINY).unsqueeze(1), blends

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from sft.dataset import LabelledPictures
 from sft.models import Network
+from sft.tasks import SINGLE_LABEL, Task
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,26 @@ class Answers:
     """A network's answers to a set, beside the truth.
 
     Attributes:
-        predicted, labels: int64 (n,).
-        probabilities: float32 (n, classes).
+        predicted, labels: (n, …), as the task has them: int64 (n,), the index of the class, or
+            float32 (n, outputs).
+        probabilities: float32 (n, classes), or the values of a regression.
+        task: what the answers are to.
     """
 
-    predicted: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    predicted: NDArray[Any]
+    labels: NDArray[Any]
     probabilities: NDArray[np.float32]
+    task: Task = SINGLE_LABEL
 
     @property
     def right(self) -> NDArray[np.bool_]:
         """Which samples were answered rightly, (n,)."""
-        return np.asarray(self.predicted == self.labels)
+        return np.asarray(self.task.right(*self._tensors).numpy())
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """How well each sample was answered, (n,); more is better. See `Task.scores`."""
+        return np.asarray(self.task.scores(*self._tensors).numpy(), dtype=np.float32)
 
     @property
     def accuracy(self) -> float:
@@ -55,9 +64,15 @@ class Answers:
         return float(self.right.mean()) if len(self.labels) else float("nan")
 
     def per_class(self, classes: Sequence[str]) -> dict[str, ClassScore]:
-        """Score each class that occurs among the labels or the answers."""
-        counts = confusion(self, len(classes))
-        given, answered, right = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+        """Score each class that occurs among labels or answers; nothing where there are none."""
+        counts = np.array(self.details(classes).get("confusion", []))
+        if not counts.size:
+            return {}
+        if counts.ndim == 2:  # noqa: PLR2004 - (true, answered)
+            given, answered, right = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+        else:  # (label, true, answered)
+            given, answered = counts[:, 1].sum(axis=1), counts[:, :, 1].sum(axis=1)
+            right = counts[:, 1, 1]
         return {
             name: ClassScore(
                 support=int(given[place]),
@@ -68,17 +83,31 @@ class Answers:
             if given[place] or answered[place]
         }
 
+    def of_class(self, index: int) -> NDArray[np.bool_]:
+        """Which samples belong to a class, (n,)."""
+        return np.asarray(self.task.of_class(self._tensors[1], index).numpy())
+
+    def details(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Give counts or errors by class or target, as JSON holds them."""
+        return self.task.details(*self._tensors, classes)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        return torch.as_tensor(self.predicted), torch.as_tensor(self.labels)
+
 
 def answer(network: Network, data: LabelledPictures, *, batch_size: int = 256) -> Answers:
     """Let the network answer every sample, in the order of the set."""
     passes = (network.embed(pixels)[1:] for pixels in data.pixels.split(batch_size))
-    probabilities = torch.empty(0, len(network.config.classes))
+    width, task = len(network.config.classes), network.config.task
+    probabilities = torch.empty(0, width)
     if len(data):
         [probabilities] = collect(passes, len(data))
     return Answers(
-        predicted=probabilities.argmax(dim=1).numpy(),
+        predicted=task.predicted(probabilities).numpy(),
         labels=data.labels.numpy(),
         probabilities=probabilities.numpy(),
+        task=task,
     )
 
 
@@ -98,27 +127,29 @@ def collect(passes: Iterable[Sequence[Tensor]], n: int) -> list[Tensor]:
     return tables
 
 
-def confusion(answers: Answers, classes: int) -> NDArray[np.int64]:
-    """Count (true class, predicted class), shape (classes, classes)."""
-    table = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(table, (answers.labels, answers.predicted), 1)
-    return table
+def confusion(answers: Answers, classes: Sequence[str]) -> NDArray[np.int64]:
+    """Count (true class, predicted class), shape (classes, classes).
+
+    Of a task with several labels, (label, true, predicted), shape (labels, 2, 2).
+    """
+    return np.asarray(answers.details(classes)["confusion"], dtype=np.int64)
 
 
 def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float, float]:
-    """Give cross-entropy and accuracy, each set with the same weight.
+    """Give the task's loss and the accuracy, each set with the same weight.
 
     Within a set, samples count by their weights. Empty sets are left out; without any sample both
     are NaN. The network's mode stays as it is.
     """
     losses, accuracies = [], []
+    task = network.config.task
     with torch.inference_mode():
         for data in sets:
             if len(data):
                 [logits] = collect(([network(part)] for part in data.pixels.split(256)), len(data))
-                loss = functional.cross_entropy(logits, data.labels, reduction="none")
-                losses.append(_mean(loss, data.weights))
-                accuracies.append(_mean((logits.argmax(1) == data.labels).float(), data.weights))
+                losses.append(task.validation_loss(logits, data.labels, data.weights).item())
+                right = task.right(task.predicted(task.answers(logits)), data.labels).float()
+                accuracies.append(_mean(right, data.weights))
     if not losses:
         return math.nan, math.nan
     return sum(losses) / len(losses), sum(accuracies) / len(accuracies)

@@ -19,6 +19,7 @@ import torch
 from sft.dataset import LabelledPictures, Role
 from sft.pictures import Preprocessing, decode, encode_png
 from sft.pixels import IN_MEMORY_BYTES, PixelSink
+from sft.tasks import SINGLE_LABEL, Task
 
 COLUMNS = ("sample_id", "label", "role", "regime", "image", "about")
 
@@ -27,11 +28,11 @@ COLUMNS = ("sample_id", "label", "role", "regime", "image", "about")
 class Memory:
     """One row a sample.
 
-    Columns of `table`: `sample_id`; `label` (a class name, or None for a reference sample whose
-    label never came); `role` (train, validation or holdout); `regime` (the world it came from);
-    `image` (PNG bytes); `about` (JSON: what came with the picture, such as its size and the user's
-    own columns; this module only carries it). Decoded sets larger than `in_memory_bytes` lie in a
-    file.
+    Columns of `table`: `sample_id`; `label` (as people write it: a class name, or as the task has
+    it; None for a reference sample whose label never came); `role` (train, validation or holdout);
+    `regime` (the world it came from); `image` (PNG bytes); `about` (JSON: what came with the
+    picture, such as its size and the user's own columns; this module only carries it). Decoded sets
+    larger than `in_memory_bytes` lie in a file.
     """
 
     table: pd.DataFrame
@@ -51,12 +52,16 @@ class Memory:
         return tuple(dict.fromkeys(self.table["regime"]))
 
     def labelled(
-        self, role: Role, classes: Sequence[str], preprocessing: Preprocessing
+        self,
+        role: Role,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        task: Task = SINGLE_LABEL,
     ) -> LabelledPictures:
-        """Decode the labelled samples of one role."""
-        table = self.table
-        rows = table[(table["role"] == role.value) & table["label"].isin(list(classes))]
-        return self._decode(rows, classes, preprocessing)
+        """Decode the samples of one role that have a label which these classes can express."""
+        rows = self.table[self.table["role"] == role.value]
+        known = task.known(task.rows(_texts(rows["label"]), classes))
+        return self._decode(rows[known.numpy()], classes, preprocessing, task)
 
     def held_out(
         self,
@@ -65,14 +70,16 @@ class Memory:
         preprocessing: Preprocessing,
         *,
         learned: Collection[str] = (),
+        task: Task = SINGLE_LABEL,
     ) -> LabelledPictures:
-        """Decode what stands for a regime: samples that no version learned from; label -1: none.
+        """Decode what stands for a regime: samples that no version learned from, labelled or not.
 
         Args:
             regime: its name.
             classes: names, in the order of the labels.
             preprocessing: the network's.
             learned: ids of samples that the version or its parents trained on or chose weights by.
+            task: tells what labels mean.
         """
         table = self.table
         rows = table[
@@ -80,7 +87,7 @@ class Memory:
             & (table["role"] == Role.HOLDOUT.value)
             & ~table["sample_id"].isin(list(learned))
         ]
-        return self._decode(rows, classes, preprocessing)
+        return self._decode(rows, classes, preprocessing, task)
 
     def about(self, sample_ids: Sequence[str]) -> list[dict[str, Any]]:
         """Return what came with each of these samples."""
@@ -156,20 +163,19 @@ class Memory:
         return cls(pd.read_parquet(path)[list(COLUMNS)], in_memory_bytes)
 
     def _decode(
-        self, rows: pd.DataFrame, classes: Sequence[str], preprocessing: Preprocessing
+        self,
+        rows: pd.DataFrame,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        task: Task = SINGLE_LABEL,
     ) -> LabelledPictures:
         size, channels = preprocessing.image_size, preprocessing.channels
         seen = Preprocessing(image_size=size, resize_size=size, channels=channels)
         sink = PixelSink((channels, size, size), self.in_memory_bytes)
         for image in rows["image"]:
             sink.add(decode(image, seen).pixels)
-        index = {name: place for place, name in enumerate(classes)}
-        labels = [-1 if pd.isna(label) else index.get(label, -1) for label in rows["label"]]
-        return LabelledPictures(
-            tuple(rows["sample_id"]),
-            sink.finish(),
-            torch.tensor(labels, dtype=torch.int64),
-        )
+        labels = task.rows(_texts(rows["label"]), classes)
+        return LabelledPictures(tuple(rows["sample_id"]), sink.finish(), labels)
 
 
 def remember(
@@ -178,10 +184,11 @@ def remember(
     roles: Sequence[Role],
     regime: str,
     about: Mapping[str, Mapping[str, Any]] | None = None,
+    task: Task = SINGLE_LABEL,
     *,
     encode: bool = True,
 ) -> Memory:
-    """Make the memory of decoded samples; label -1 becomes a missing one.
+    """Make the memory of decoded samples, labelled or not.
 
     Args:
         data: n samples.
@@ -189,10 +196,11 @@ def remember(
         roles: n roles.
         regime: the world that they came from.
         about: sample id to what came with it, which JSON can hold.
+        task: tells what labels mean.
         encode: now; otherwise `Memory.with_pictures` does, once it is bounded.
     """
     about = about or {}
-    labels = [None if label < 0 else classes[label] for label in data.labels.tolist()]
+    labels = task.texts(data.labels, classes)
     images = [encode_png(p) for p in data.pixels] if encode else [None] * len(data)
     return Memory(
         pd.DataFrame(
@@ -212,6 +220,10 @@ def remember(
 
 def _encoded(data: LabelledPictures, place: int) -> bytes:
     return encode_png(data.pixels[place])
+
+
+def _texts(labels: pd.Series) -> list[str | None]:
+    return [None if pd.isna(label) else str(label) for label in labels]
 
 
 def _place(sample_id: str) -> str:

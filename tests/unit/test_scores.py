@@ -6,6 +6,7 @@ import pandas as pd
 from flows.scores import per_class, worst_classes
 from sft.evaluate import Answers
 from sft.gate import Pair
+from sft.tasks import MultiLabel, Regression
 
 CLASSES = ("cat", "dog", "new")
 
@@ -46,3 +47,18 @@ def test_the_worst_three_of_each_hold_out_are_named() -> None:
         "a", "d", "c",
     ]  # fmt: skip
     assert worst_classes(per_class({"old": Pair(right, right)}, names)) == ""
+
+
+def test_other_tasks_have_the_classes_that_they_have() -> None:
+    """Several labels are scored label by label; a regression has no class, and no worst one."""
+    labels = np.array([[1, 1], [1, 0], [0, 0]], dtype=np.float32)
+    said = np.array([[1, 0], [0, 1], [1, 0]], dtype=np.float32)
+    both = Answers(said, labels, said, MultiLabel())
+    table = per_class({"old": Pair(both, both)}, ("red", "blue"))
+    assert table["support"].tolist() == [2, 1]
+    assert table["recall_challenger"].tolist() == [0.5, 0]
+    assert table["precision_challenger"].tolist() == [0.5, 0]
+    values = Answers(said, labels, said, Regression())
+    empty = per_class({"old": Pair(values, values)}, ("x", "y"))
+    assert empty.empty
+    assert worst_classes(empty) == ""
