@@ -101,14 +101,25 @@ def judge_delivery(
 
 
 def suspicious_files(
-    labelled: LabelledPictures, verdict: LabelVerdict, classes: Sequence[str]
+    labelled: LabelledPictures,
+    verdict: LabelVerdict,
+    classes: Sequence[str],
+    *,
+    all_doubted: bool = False,
 ) -> dict[str, str]:
     """List suspicious labels, the most doubtful first, in a table and on a page with pictures.
 
+    Args:
+        labelled: the samples.
+        verdict: on their labels.
+        classes: names.
+        all_doubted: list every label that is doubted at all: of many wrong ones, none may have a
+            class that is surely more likely.
+
     Returns:
-        File name to text; nothing where no label is suspicious.
+        File name to text; nothing where there is none to list.
     """
-    rows = np.flatnonzero(verdict.suspicious)
+    rows = np.flatnonzero(verdict.doubt > 0 if all_doubted else verdict.suspicious)
     if not len(rows):
         return {}
     rows = rows[np.argsort(-verdict.doubt[rows], kind="stable")]
@@ -117,14 +128,12 @@ def suspicious_files(
     likely = [classes[int(verdict.likely[i])] for i in rows]
     doubt = verdict.doubt[rows].round(3)
     table = pd.DataFrame({"sample_id": ids, "label": given, "likely": likely, "doubt": doubt})
-    shown = [
-        Shown(
-            ids[place],
-            (f"labelled {given[place]}, likelier {likely[place]}", f"doubt {doubt[place]:.2f}"),
-            thumbnail(labelled.pixels[int(row)]),
-        )
-        for place, row in enumerate(rows[:MAX_SHOWN])
-    ]
+    shown = []
+    for row, *told in zip(rows[:MAX_SHOWN], ids, given, likely, doubt, strict=False):
+        name, label, other, much = told
+        said = f"labelled {label}" + (f", likelier {other}" if other != label else "")
+        picture = thumbnail(labelled.pixels[int(row)])
+        shown.append(Shown(name, (said, f"doubt {much:.2f}"), picture))
     words = (
         f"{verdict.words}. The most doubtful come first. To correct labels, put a file with"
         f" sample_id,label into the labels folder; {FILE} lists all of these."

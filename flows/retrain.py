@@ -234,7 +234,7 @@ def _refused(
     classes: Sequence[str],
 ) -> LabelsRefusedError:
     """Put the suspicious labels of a refused delivery on a run of their own."""
-    files = suspicious_files(labelled, verdict, classes)
+    files = suspicious_files(labelled, verdict, classes, all_doubted=True)
     words = f"{verdict.words} (or raise max_wrong_share under [noise])"
     if files:
         run = f"refused labels v{champion.number}"
