@@ -165,7 +165,10 @@ def retrain(settings_file: Path, why: str) -> None:
     settings = _begin(settings_file)
     from flows.retrain import retrain as flow
 
-    console.print(flow(str(settings.path), cause=why).words, markup=False)
+    made = flow(str(settings.path), cause=why)
+    console.print(made.words, markup=False)
+    if made.worst:
+        console.print(f"worst classes: {made.worst}", markup=False)
 
 
 @main.command()

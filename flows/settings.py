@@ -25,6 +25,7 @@ from monitoring.sequential import StreamSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
+from sft.pixels import IN_MEMORY_BYTES
 from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
@@ -112,21 +113,37 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """How many old samples a version carries, as encoded pictures.
+    """How many old samples a version carries, as encoded pictures, and how much is decoded at once.
 
     Attributes:
         rehearsal: most samples kept to be rehearsed.
         holdout: most held-out samples kept for each regime; they are the old hold-out of the gate
             and the reference of the check.
+        in_memory_mb: a set of decoded pictures that is larger lies in a file in the system's folder
+            for temporary files (TMPDIR), and its pictures are read as they are needed. The results
+            are the same.
     """
 
     rehearsal: int = 2000
     holdout: int = 2000
+    in_memory_mb: int = IN_MEMORY_BYTES // 2**20
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
         if self.rehearsal < 1 or self.holdout < 1:
             raise ValueError("rehearsal and holdout must be at least 1")
+        if self.in_memory_mb < 0:
+            raise ValueError(f"in_memory_mb must not be negative, got {self.in_memory_mb}")
+
+    @property
+    def carried(self) -> dict[str, object]:
+        """What a version depends on."""
+        return {"rehearsal": self.rehearsal, "holdout": self.holdout}
+
+    @property
+    def in_memory_bytes(self) -> int:
+        """How large a decoded set may be in memory."""
+        return self.in_memory_mb * 2**20
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,16 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the fresh samples: mean training loss, and validation (NaN without any)."""
+    """One pass over the fresh samples: mean training loss, and validation (NaN without any).
+
+    `learning_rate` is the largest of its first step.
+    """
 
     number: int
     train_loss: float
     validation_loss: float
     validation_accuracy: float
+    learning_rate: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ def fine_tune(
     validation: tuple[LabelledPictures, ...] = (),
     cache: ActivationCache | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of `start` on fresh samples; `start` itself is not changed.
 
@@ -176,6 +181,7 @@ def fine_tune(
         validation: sets whose mean losses are averaged for early stopping, each set with the same
             weight (fresh and old, so that the best epoch is not the one that forgot most).
         on_epoch: called after each epoch, for progress.
+        on_batch: called after each step with the number of its fresh samples, for progress.
 
     Returns:
         The weights of the epoch that validated best (of the last one without validation) and the
@@ -201,7 +207,7 @@ def fine_tune(
     except ValueError as error:
         raise TrainingError(str(error)) from error
     weights = _loss_weights(network, fresh, rehearsed, settings)
-    job = _Job(network, fresh, rehearsed, settings, tuple(terms), weights, generator)
+    job = _Job(network, fresh, rehearsed, settings, tuple(terms), weights, generator, on_batch)
     best = _Best(_snapshot(network), settings, validated=any(len(data) for data in validation))
     history: list[Epoch] = []
     notes: list[str] = []
@@ -216,6 +222,7 @@ def fine_tune(
             best.last = len(history)
             for number in range(len(history) + 1, len(history) + 1 + count):
                 training_mode(network, phase, freeze_batch_norm=settings.freeze_batch_norm)
+                rate = max(group["lr"] for group in optimiser.param_groups)
                 try:
                     train_loss = _one_pass(views[number % len(views)], optimiser, schedule)
                 except _NotFiniteError as error:
@@ -226,7 +233,7 @@ def fine_tune(
                     if not history:
                         raise TrainingError(stopped) from None
                     break
-                epoch = _validated(views[0].network, number, train_loss, validated)
+                epoch = _validated(views[0].network, number, train_loss, validated, rate)
                 history.append(epoch)
                 if on_epoch is not None:
                     on_epoch(epoch)
@@ -255,6 +262,7 @@ class _Job:
     terms: tuple[Penalty, ...]
     weights: Tensor | None
     generator: torch.Generator
+    on_batch: Callable[[int], None] | None = None
 
     @cached_property
     def counts(self) -> Tensor:
@@ -331,7 +339,7 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
     """
     settings, network, task = job.settings, job.network, job.task
     losses: list[float] = []
-    for pixels, labels, is_old in batches(
+    for pixels, labels, is_old, counted in batches(
         job.fresh,
         job.rehearsed,
         batch_size=settings.batch_size,
@@ -342,9 +350,9 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
     ):
         seen = augment(pixels, settings, job.generator, job.strength(labels))
         targets = task.targets(labels, job.outputs, smoothing=settings.label_smoothing)
-        seen, targets = mixup(seen, targets, settings.mixup, job.generator)
+        seen, targets, shares = mixup(seen, targets, counted, settings.mixup, job.generator)
         logits = network(seen)
-        loss = task.loss(logits, targets, job.weights)
+        loss = task.loss(logits, targets, job.weights, shares)
         for term in job.terms:
             loss = loss + term(network, seen, logits, is_old)
         optimiser.zero_grad(set_to_none=True)
@@ -355,6 +363,8 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
+        if job.on_batch is not None:
+            job.on_batch(int((~is_old).sum()))
     return sum(losses) / len(losses)
 
 
@@ -374,7 +384,7 @@ def _cached(
         return [job], validation
 
     def change(data: LabelledPictures, generator: torch.Generator) -> Tensor:
-        return augment(data.pixels, settings, generator, job.strength(data.labels))
+        return augment(data.pixels[:], settings, generator, job.strength(data.labels))
 
     part = cut(
         job.network,
@@ -500,10 +510,14 @@ def _labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> Tensor:
 
 
 def _validated(
-    network: Network, number: int, train_loss: float, validation: tuple[LabelledPictures, ...]
+    network: Network,
+    number: int,
+    train_loss: float,
+    validation: tuple[LabelledPictures, ...],
+    rate: float,
 ) -> Epoch:
     network.eval()
-    return Epoch(number, train_loss, *mean_loss(network, validation))
+    return Epoch(number, train_loss, *mean_loss(network, validation), rate)
 
 
 def _snapshot(network: Network) -> dict[str, Tensor]:

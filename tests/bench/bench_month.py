@@ -112,9 +112,8 @@ def live(root: Path) -> list[Figure]:
     settings = load_settings(path, environ={})
     export_to_environment(settings)
 
-    from flows.history import read_history
-
     from flows.bootstrap import bootstrap
+    from flows.history import read_history
     from flows.registry import Registry
     from flows.watch import watch
 
