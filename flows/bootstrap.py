@@ -115,7 +115,8 @@ def _labelled_pictures(
     given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
     if labels is not None:
         late = read_label_file(labels, Path.cwd())
-        given |= dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
+        names = map(read.batch.id_of, late.labels["sample_id"])
+        given |= dict(zip(names, late.labels["label"], strict=True))
         notes += late.problems
     known = {name: str(label) for name, label in given.items() if not pd.isna(label)}
     kept = [place for place, name in enumerate(read.samples["sample_id"]) if name in known]
