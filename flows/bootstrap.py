@@ -29,12 +29,11 @@ from sft.evaluate import answer
 from sft.memory import remember
 from sft.models import (
     BUILT_IN,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ModelConfig,
     Network,
     build,
     is_factory,
+    published_input,
 )
 from sft.pictures import Preprocessing
 from sft.train import fine_tune
@@ -248,11 +247,12 @@ def _preprocessing(settings: Settings) -> Preprocessing:
     model = settings.model
     if not model.architecture:
         raise BootstrapError(
-            "[model] architecture is missing: name a torchvision one (such as resnet18), small_cnn,"
-            " mlp, or your own package.module:function"
+            "[model] architecture is missing: name a torchvision one (such as resnet18), timm/NAME,"
+            " small_cnn, mlp, or your own package.module:function"
         )
-    small = model.architecture in BUILT_IN
-    size = model.image_size or (28 if small else 224)
+    size = model.image_size or (
+        28 if model.architecture in BUILT_IN else published_input(model.architecture).image_size
+    )
     return Preprocessing(
         image_size=size, resize_size=model.resize_size or size, channels=model.channels or 3
     )
@@ -270,7 +270,8 @@ def _config(settings: Settings, train: LabelledPictures, classes: tuple[str, ...
         mean = scaled.mean(dim=(0, 2)).tolist()
         std = scaled.std(dim=(0, 2)).clamp(min=1e-3).tolist()
     else:
-        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+        published = published_input(architecture)
+        mean, std = list(published.mean), list(published.std)
         if preprocessing.channels == 1:
             mean, std = [sum(mean) / 3], [sum(std) / 3]
     rounded = [tuple(round(value, 6) for value in values) for values in (mean, std)]

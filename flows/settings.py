@@ -39,16 +39,16 @@ class ModelSettings:
 
     Attributes:
         name: the registered model's name in MLflow.
-        architecture: a torchvision name, `small_cnn`, `mlp`, or your own factory
+        architecture: a torchvision name, `timm/NAME`, `small_cnn`, `mlp`, or your own factory
             `package.module:function`, called as `function(num_classes=…)`.
         weights: where training starts at bootstrap: empty for random weights, the name of
-            torchvision's (`DEFAULT`), or a file.
+            torchvision's (`DEFAULT`, which is timm's too), or a file.
         classes: class names; those that the champion lacks widen its head at the next retraining.
         image_size, resize_size: pixels; the shorter side is resized to `resize_size` (`image_size`
             when 0), then the centre is cropped.
         channels: 1 or 3.
         mean, std: one value a channel, for pixels in [0, 1]; unset at bootstrap, ImageNet's for
-            torchvision's architectures, the training data's for the others.
+            torchvision's architectures, timm's own for timm's, the training data's for the others.
     """
 
     name: str = ""
