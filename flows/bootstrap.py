@@ -24,6 +24,7 @@ from flows.package import Lineage, Package, build_reference
 from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
+from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import answer
 from sft.memory import remember
@@ -179,6 +180,7 @@ def _make(
                 network,
                 train,
                 settings.bootstrap,
+                cache=ActivationCache(),
                 validation=(pictures.with_role(Role.VALIDATION),),
                 on_epoch=lambda _: progress.advance(bar),
             )

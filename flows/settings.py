@@ -283,9 +283,21 @@ def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:
             )
 
 
-def write_template(path: Path, name: str) -> None:
-    """Write commented settings; raises SettingsError rather than overwriting a file."""
-    template = (Path(__file__).parent / "template.toml").read_text(encoding="utf-8")
+def write_template(path: Path, name: str, recipe: Path | None = None) -> None:
+    """Write commented settings: every key, or those of a recipe, whose `name = ""` gets the name.
+
+    Raises:
+        SettingsError: rather than overwriting a file, or when there is no such recipe.
+    """
+    source = recipe or Path(__file__).parent / "template.toml"
+    try:
+        template = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"there is no recipe at {source}: deployments/recipes/ of sustain's repository has some"
+        ) from error
+    if 'name = ""' not in template:
+        raise SettingsError(f'{source} is no recipe: it has no line `name = ""` to fill in')
     _build(path.name, "model", {"name": name})
     try:
         with path.open("x", encoding="utf-8") as file:
