@@ -459,12 +459,15 @@ def _timm_body(config: ModelConfig, outputs: int | None, weights: str | None) ->
             f" {seen.channels} channels: {error}"
         ) from error
     classifier, last = body.get_classifier(), _head(body)[1]
+    inside = set(classifier.modules()) if isinstance(classifier, nn.Module) else set()
     heads = [
         layer
-        for layer in (classifier.modules() if isinstance(classifier, nn.Module) else ())
-        if isinstance(layer, nn.Linear | nn.Conv2d) and _outputs(layer) == _outputs(last)
+        for place, layer in body.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and _outputs(layer) == _outputs(last)
+        and (layer in inside or "head" in place)
     ]
-    if heads != [last]:
+    if heads != [last] or last not in inside:
         raise ModelError(
             f"{config.architecture} answers by several heads, or by one that is not its last linear"
             " layer: take another architecture, or wrap it in a factory of your own"
@@ -509,7 +512,8 @@ def _refuse_small_pictures(network: Network) -> None:
         too_small, enough = enough, 2 * enough
     if enough > LARGEST_TRIED:
         raise ModelError(
-            f"{network.config.architecture} cannot take pictures of {size} pixels: {error}"
+            f"{network.config.architecture} cannot take pictures of {size} pixels:"
+            f" {str(error) or type(error).__name__}"
         ) from error
     while enough - too_small > 1:
         middle = (too_small + enough) // 2
