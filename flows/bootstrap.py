@@ -167,12 +167,12 @@ def _make(
             " to hold out (at least 20, better ten times a batch): give more"
         )
     config = _config(settings, train, classes)
+    network = _network(settings, config, adopt)
     run_id = registry.begin_training(
         f"bootstrap {settings.model.architecture}",
         {"sustain.retrain_key": key, "sustain.cause": "bootstrap"},
     )
     registry.log(run_id, params={**asdict(settings.bootstrap), **asdict(settings.model)})
-    network = _network(settings, config, adopt)
     if adopt is None:
         with Progress(transient=True) as progress:
             bar = progress.add_task("training the first champion", total=settings.bootstrap.epochs)
