@@ -24,6 +24,7 @@ from sft.models import (
 )
 from sft.pictures import Preprocessing
 from sft.strategies import Strategy, stages
+from sft.tasks import SINGLE_LABEL
 from sft.train import TrainingSettings, fine_tune
 
 timm = pytest.importorskip("timm")
@@ -88,6 +89,7 @@ def test_pictures_are_normalised_by_timms_data_configuration(tmp_path: Path) -> 
         settings(tmp_path, "timm/vit_tiny_patch16_224"),
         LabelledPictures(("a",), pictures(1), torch.tensor([0])),
         ("cat", "dog"),
+        SINGLE_LABEL,
     )
     assert (config.mean, config.std) == (published.mean, published.std)
     assert config.preprocessing.image_size == 224
