@@ -26,17 +26,17 @@ from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
 from flows.story import first_story
+from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import answer
 from sft.memory import remember
 from sft.models import (
     BUILT_IN,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ModelConfig,
     Network,
     build,
     is_factory,
+    published_input,
 )
 from sft.pictures import Preprocessing
 from sft.pixels import channel_statistics, take
@@ -127,7 +127,8 @@ def _labelled_pictures(
     given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
     if labels is not None:
         late = read_label_file(labels, Path.cwd())
-        given |= dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
+        names = map(read.batch.id_of, late.labels["sample_id"])
+        given |= dict(zip(names, late.labels["label"], strict=True))
         notes += late.problems
     known = {name: str(label) for name, label in given.items() if not pd.isna(label)}
     kept = [place for place, name in enumerate(read.samples["sample_id"]) if name in known]
@@ -188,12 +189,12 @@ def _make(
         )
     # an adopted model answers in the labels' own unit
     config = _config(settings, train, classes, task if adopt else task.fitted(train.labels))
+    network = _network(settings, config, adopt)
     run_id = registry.begin_training(
         f"bootstrap {settings.model.architecture}",
         {"sustain.retrain_key": key, "sustain.cause": "bootstrap"},
     )
     registry.log(run_id, params={**asdict(settings.bootstrap), **asdict(settings.model)})
-    network = _network(settings, config, adopt)
     if adopt is None:
         bar = TrainingBar("training the first champion", len(train), settings.bootstrap.epochs)
         with bar:
@@ -201,6 +202,7 @@ def _make(
                 network,
                 train,
                 settings.bootstrap,
+                cache=ActivationCache(),
                 validation=(pictures.with_role(Role.VALIDATION),),
                 on_epoch=bar.on_epoch,
                 on_batch=bar.on_batch,
@@ -280,11 +282,12 @@ def _preprocessing(settings: Settings) -> Preprocessing:
     model = settings.model
     if not model.architecture:
         raise BootstrapError(
-            "[model] architecture is missing: name a torchvision one (such as resnet18), small_cnn,"
-            " mlp, or your own package.module:function"
+            "[model] architecture is missing: name a torchvision one (such as resnet18), timm/NAME,"
+            " small_cnn, mlp, or your own package.module:function"
         )
-    small = model.architecture in BUILT_IN
-    size = model.image_size or (28 if small else 224)
+    size = model.image_size or (
+        28 if model.architecture in BUILT_IN else published_input(model.architecture).image_size
+    )
     return Preprocessing(
         image_size=size, resize_size=model.resize_size or size, channels=model.channels or 3
     )
@@ -316,7 +319,8 @@ def _config(
         mean, spread = channel_statistics(train.pixels)
         std = [max(value, 1e-3) for value in spread]
     else:
-        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+        published = published_input(architecture)
+        mean, std = list(published.mean), list(published.std)
         if preprocessing.channels == 1:
             mean, std = [sum(mean) / 3], [sum(std) / 3]
     rounded = [tuple(round(value, 6) for value in values) for values in (mean, std)]

@@ -42,7 +42,7 @@ class ModelSettings:
 
     Attributes:
         name: the registered model's name in MLflow.
-        architecture: a torchvision name, `small_cnn`, `mlp`, or your own factory
+        architecture: a torchvision name, `timm/NAME`, `small_cnn`, `mlp`, or your own factory
             `package.module:function`, called as `function(num_classes=…)`.
         task: `single_label` (one class of several; what an unset one means at bootstrap),
             `multi_label` (any number of labels, written as names between `|`) or `regression`
@@ -50,14 +50,14 @@ class ModelSettings:
         tolerance: of a regression: the largest error that counts as right, in the labels' unit.
         regression_loss: of a regression: `mse` (at bootstrap, when unset) or `huber`.
         weights: where training starts at bootstrap: empty for random weights, the name of
-            torchvision's (`DEFAULT`), or a file.
+            torchvision's (`DEFAULT`, which is timm's too), or a file.
         classes: names of classes, labels or targets; classes and labels that the champion lacks
             widen its head at the next retraining.
         image_size, resize_size: pixels; the shorter side is resized to `resize_size` (`image_size`
             when 0), then the centre is cropped.
         channels: 1 or 3.
         mean, std: one value a channel, for pixels in [0, 1]; unset at bootstrap, ImageNet's for
-            torchvision's architectures, the training data's for the others.
+            torchvision's architectures, timm's own for timm's, the training data's for the others.
     """
 
     name: str = ""
@@ -385,9 +385,21 @@ def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:
             )
 
 
-def write_template(path: Path, name: str) -> None:
-    """Write commented settings; raises SettingsError rather than overwriting a file."""
-    template = (Path(__file__).parent / "template.toml").read_text(encoding="utf-8")
+def write_template(path: Path, name: str, recipe: Path | None = None) -> None:
+    """Write commented settings: every key, or those of a recipe, whose `name = ""` gets the name.
+
+    Raises:
+        SettingsError: rather than overwriting a file, or when there is no such recipe.
+    """
+    source = recipe or Path(__file__).parent / "template.toml"
+    try:
+        template = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"there is no recipe at {source}: deployments/recipes/ of sustain's repository has some"
+        ) from error
+    if 'name = ""' not in template:
+        raise SettingsError(f'{source} is no recipe: it has no line `name = ""` to fill in')
     _build(path.name, "model", {"name": name})
     try:
         with path.open("x", encoding="utf-8") as file:

@@ -15,9 +15,7 @@ from torch import Tensor
 from sft.pixels import Pixels, concatenate, take
 from sft.tasks import SINGLE_LABEL, Task
 
-HOLDOUT_SHARE = 0.3
 TINY = float(np.finfo(np.float32).tiny)
-VALIDATION_SHARE = 0.1
 
 
 class Role(StrEnum):
@@ -28,19 +26,43 @@ class Role(StrEnum):
     HOLDOUT = "holdout"
 
 
+HOLDOUT_SHARE = 0.3
+SHARES = {Role.HOLDOUT: HOLDOUT_SHARE, Role.VALIDATION: 0.1, Role.TRAIN: 0.6}
+"""How a hash shares samples out that nobody has split; it walks through them in this order."""
+
+SPLITS = {
+    "train": Role.TRAIN,
+    "val": Role.VALIDATION,
+    "valid": Role.VALIDATION,
+    "validation": Role.VALIDATION,
+    "test": Role.HOLDOUT,
+}
+"""Names of folders into which people split their data themselves, and the role of what is there."""
+
+SPLIT_MARK = "//"
+"""Ends the name of such a folder in a sample id: no path has it, so no class is taken for one."""
+
+
 def role_of(sample_id: str) -> Role:
-    """Tell a sample's role by a hash of its id.
+    """Tell a sample's role by its id alone: by the split that it names, else by a hash.
 
     The role never changes, whatever arrives later, so no hold-out sample is ever trained on, across
     all versions. The shares are constants for the same reason: a setting could be changed.
+
+    An id `<batch>/test//cat/1.png` names a split. One that stands for two, as `val+test//`, is
+    shared out between their roles by the hash.
     """
+    split, mark, _ = sample_id.partition("/")[2].partition(SPLIT_MARK)
+    named = {SPLITS.get(name) for name in split.split("+") if mark}
+    shares = {role: share for role, share in SHARES.items() if role in named} or SHARES
     digest = hashlib.sha256(b"sustain role\0" + sample_id.encode()).digest()
-    place = int.from_bytes(digest[:8]) / 2**64
-    if place < HOLDOUT_SHARE:
-        return Role.HOLDOUT
-    if place < HOLDOUT_SHARE + VALIDATION_SHARE:
-        return Role.VALIDATION
-    return Role.TRAIN
+    place = int.from_bytes(digest[:8]) / 2**64 * sum(shares.values())
+    bound = 0.0
+    for role, share in shares.items():  # noqa: B007 - the last one is returned
+        bound += share
+        if place < bound:
+            break
+    return role
 
 
 @dataclass(frozen=True)

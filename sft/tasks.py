@@ -122,6 +122,11 @@ class Task(ABC):
             return ""
         return "all samples have the same label: nothing can be learned from them"
 
+    def outside(self, labels: Tensor, outputs: int) -> str:
+        """Say which labels no output stands for; empty when each one has its own."""
+        del labels, outputs
+        return ""
+
     @abstractmethod
     def counts(self, labels: Tensor, outputs: int) -> Tensor:
         """Count the samples of each class, int64 (classes,)."""
@@ -262,6 +267,16 @@ class SingleLabel(Task):
         if len(labels.unique()) > 1:
             return ""
         return "the labels are of one class only: nothing can be learned from them"
+
+    def outside(self, labels: Tensor, outputs: int) -> str:
+        """Labels are places among the outputs; at this point none is missing."""
+        odd = sorted({*labels.tolist()}.difference(range(outputs)))
+        if not odd:
+            return ""
+        return (
+            f"labels are places among the {outputs} classes of the network, 0 to {outputs - 1},"
+            f" but there are others: {odd[:5]}"
+        )
 
     def counts(self, labels: Tensor, outputs: int) -> Tensor:
         """Count the samples of each class."""

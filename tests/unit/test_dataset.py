@@ -45,6 +45,32 @@ def test_roles_never_change(sample_id: str, role: Role) -> None:
     assert role_of(sample_id) is role
 
 
+@pytest.mark.parametrize(
+    ("split", "roles"),
+    [
+        ("train", {Role.TRAIN: 400}),
+        ("val", {Role.VALIDATION: 400}),
+        ("valid", {Role.VALIDATION: 400}),
+        ("validation", {Role.VALIDATION: 400}),
+        ("test", {Role.HOLDOUT: 400}),
+        ("train+val", {Role.TRAIN: 343, Role.VALIDATION: 57}),  # 6 to 1
+        ("val+test", {Role.VALIDATION: 100, Role.HOLDOUT: 300}),  # 1 to 3
+    ],
+)
+def test_a_split_decides_the_role(split: str, roles: dict[Role, int]) -> None:
+    """A sample of the user's own split has its role; one that stands for two is shared out."""
+    counts = Counter(role_of(f"b/{split}//cat/{i}.png") for i in range(400))
+    assert counts.keys() == roles.keys()
+    assert all(abs(counts[role] - n) <= 30 for role, n in roles.items())
+
+
+@pytest.mark.parametrize("name", ["train/{}.png", "test/deep/{}.png", "x//test/{}.png", "test//"])
+def test_a_class_called_train_is_no_split(name: str) -> None:
+    """Without the mark below the batch, a folder's name has no say."""
+    ids = [f"b{i}/" * ("{}" not in name) + f"b/{name}".format(i) for i in range(100)]
+    assert {role_of(sample_id) for sample_id in ids} == set(Role)
+
+
 def test_roles_have_their_shares() -> None:
     """Of 10,000 ids, 30 % are held out, 10 % validate and 60 % train, to within 1.5 points."""
     counts = Counter(role_of(f"batch-{i // 100}/{i % 100:04}.jpg") for i in range(10_000))
