@@ -75,7 +75,7 @@ def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float
     with torch.inference_mode():
         for data in sets:
             if len(data):
-                logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
+                logits = torch.cat([network(c).float().cpu() for c in data.pixels.split(256)])
                 losses.append(functional.cross_entropy(logits, data.labels).item())
                 accuracies.append((logits.argmax(1) == data.labels).float().mean().item())
     if not losses:

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -37,6 +36,7 @@ from sft.objectives import (
 )
 from sft.ranges import at_least_one, below_one, not_negative, positive
 from sft.schedules import RateSettings, make_optimiser, make_schedule
+from sft.speed import ComputeSettings, Device, dropout, faster_dropout, trains_in_half
 from sft.strategies import (
     Phase,
     StrategySettings,
@@ -170,6 +170,7 @@ def fine_tune(
     validation: tuple[LabelledPictures, ...] = (),
     cache: ActivationCache | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    compute: ComputeSettings | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of `start` on fresh samples; `start` itself is not changed.
 
@@ -184,6 +185,7 @@ def fine_tune(
         validation: sets whose mean losses are averaged for early stopping, each set with the same
             weight (fresh and old, so that the best epoch is not the one that forgot most).
         on_epoch: called after each epoch, for progress.
+        compute: where, and how precisely; by default on the CPU in float32.
 
     Returns:
         The weights of the epoch that validated best (of the last one without validation) and the
@@ -198,8 +200,8 @@ def fine_tune(
         memory = None
     rehearsed = memory if settings.rehearsal else None
     _check_labels(fresh, rehearsed)
-    network, champion = copy.deepcopy(start), anchor or start
-    network.to(memory_format=torch.channels_last)
+    compute = compute or ComputeSettings(device=Device.CPU)
+    network, champion = _placed(start, anchor or start, compute.start())
     generator = torch.Generator().manual_seed(settings.seed)
     try:
         plan = phases(network, settings, new_head=network.config != champion.config)
@@ -208,14 +210,13 @@ def fine_tune(
     except ValueError as error:
         raise TrainingError(str(error)) from error
     weights = _loss_weights(network, fresh, rehearsed, settings)
-    job = _Job(network, fresh, rehearsed, settings, tuple(terms), weights, generator)
+    job = _Job(network, fresh, rehearsed, settings, tuple(terms), weights, generator, compute)
     best = _Best(_snapshot(network), settings, validated=any(len(data) for data in validation))
     history: list[Epoch] = []
     notes: list[str] = []
     stopped = "all epochs done"
 
-    with torch.random.fork_rng(devices=[]), _dropout(network, settings.dropout), _unfrozen(network):
-        torch.manual_seed(settings.seed)  # dropout draws from the global generator
+    with _tuning(network, settings):
         for phase, count in zip(plan, epochs, strict=True):
             optimiser, schedule, corrected = _begin(job, phase, count)
             views, validated = _cached(job, phase, champion, validation, cache)
@@ -233,7 +234,7 @@ def fine_tune(
                     if not history:
                         raise TrainingError(stopped) from None
                     break
-                epoch = _validated(views[0].network, number, train_loss, validated)
+                epoch = _validated(views[0], number, train_loss, validated)
                 history.append(epoch)
                 if on_epoch is not None:
                     on_epoch(epoch)
@@ -248,6 +249,7 @@ def fine_tune(
     if settings.interpolate:
         choice = choose_alpha(champion, network, validation)
         network, alpha = choice.network, choice.alpha
+    network.to("cpu")
     return FineTuned(network, tuple(history), best.epoch, stopped, alpha, tuple(notes))
 
 
@@ -262,6 +264,17 @@ class _Job:
     terms: tuple[Penalty, ...]
     weights: Tensor | None
     generator: torch.Generator
+    compute: ComputeSettings
+
+    @cached_property
+    def half(self) -> bool:
+        """Whether a phase's steps are in bfloat16; the weights stay float32."""
+        return trains_in_half(self.network, self.fresh.pixels, self.compute)
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """What the network answers in."""
+        return torch.autocast(self.network.mean.device.type, torch.bfloat16, enabled=self.half)
 
     @cached_property
     def counts(self) -> Tensor:
@@ -323,7 +336,7 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
     Raises:
         _NotFiniteError: before a step that would spoil the weights.
     """
-    settings, network = job.settings, job.network
+    settings, network, device = job.settings, job.network, job.network.mean.device
     losses: list[float] = []
     for pixels, labels, is_old in batches(
         job.fresh,
@@ -338,10 +351,12 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         classes = len(network.config.classes)
         targets = soft_targets(labels, classes, smoothing=settings.label_smoothing)
         seen, targets = mixup(seen, targets, settings.mixup, job.generator)
-        logits = network(seen)
-        loss = soft_cross_entropy(logits, targets, job.weights)
-        for term in job.terms:
-            loss = loss + term(network, seen, logits, is_old)
+        seen, targets = _moved(seen, device), _moved(targets, device)
+        with job.autocast:
+            logits = network(seen).float()
+            loss = soft_cross_entropy(logits, targets, job.weights)
+            for term in job.terms:
+                loss = loss + term(network, seen, logits, is_old.to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
@@ -400,6 +415,28 @@ def _cached(
     return [replace(job, fresh=new, rehearsed=old) for new, old in part.views], part.validation
 
 
+def _placed(start: Network, champion: Network, device: torch.device) -> tuple[Network, Network]:
+    """Copy the network to a device; the champion only where it is not there yet."""
+    network: nn.Module = copy.deepcopy(start)
+    network = network.to(device=device, memory_format=torch.channels_last)
+    if champion.mean.device.type != device.type:
+        champion = copy.deepcopy(champion).to(device)
+    return cast("Network", network), champion
+
+
+@contextmanager
+def _tuning(network: Network, settings: TrainingSettings) -> Iterator[None]:
+    """Set up what holds for all phases, and leave all else as it was."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        faster_dropout(network),
+        _dropout(network, settings.dropout),
+        _unfrozen(network),
+    ):
+        torch.manual_seed(settings.seed)  # dropout draws from the global generator
+        yield
+
+
 @contextmanager
 def _unfrozen(network: Network) -> Iterator[None]:
     """Let move afterwards what could move before."""
@@ -445,7 +482,7 @@ def _dropout(network: Network, p: float) -> Iterator[None]:
         yield
         return
     hook = network.head.register_forward_pre_hook(
-        lambda head, given: (functional.dropout(given[0], p, training=head.training), *given[1:])
+        lambda head, given: (dropout(given[0], p) if head.training else given[0], *given[1:])
     )
     try:
         yield
@@ -468,7 +505,8 @@ def _loss_weights(
 ) -> Tensor | None:
     if not settings.class_weights:
         return None
-    return class_weights(_labels(fresh, memory), len(network.config.classes))
+    weights = class_weights(_labels(fresh, memory), len(network.config.classes))
+    return weights.to(network.mean.device)
 
 
 def _labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> Tensor:
@@ -477,10 +515,16 @@ def _labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> Tensor:
 
 
 def _validated(
-    network: Network, number: int, train_loss: float, validation: tuple[LabelledPictures, ...]
+    job: _Job, number: int, train_loss: float, validation: tuple[LabelledPictures, ...]
 ) -> Epoch:
-    network.eval()
-    return Epoch(number, train_loss, *mean_loss(network, validation))
+    job.network.eval()
+    with job.autocast:
+        return Epoch(number, train_loss, *mean_loss(job.network, validation))
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device, where there is one, without waiting for it."""
+    return value if device.type == "cpu" else value.pin_memory().to(device, non_blocking=True)
 
 
 def _snapshot(network: Network) -> dict[str, Tensor]:
