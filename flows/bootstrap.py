@@ -181,6 +181,7 @@ def _make(
                 settings.bootstrap,
                 validation=(pictures.with_role(Role.VALIDATION),),
                 on_epoch=lambda _: progress.advance(bar),
+                compute=settings.compute,
             )
         network = tuned.network
         log_training(registry, run_id, tuned)

@@ -274,7 +274,8 @@ def tune(
             settings.training,
             memory=old,
             anchor=champion,
-            cache=ActivationCache(),
+            cache=ActivationCache(compute=settings.compute),
+            compute=settings.compute,
             validation=(labelled.with_role(Role.VALIDATION), old_validation),
             on_epoch=lambda _: progress.advance(bar),
         )

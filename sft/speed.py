@@ -268,7 +268,7 @@ def dropout(inputs: Tensor, p: float) -> Tensor:
     if dropped == 256:  # noqa: PLR2004
         return inputs * 0
     flat = inputs.numel()
-    words = torch.empty((flat + 7) // 8, dtype=torch.int64).random_()
+    words = torch.empty((flat + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
     kept = words.view(torch.uint8)[:flat] >= dropped
     scaled = kept.to(inputs.dtype).mul_(256 / (256 - dropped))
     return inputs * scaled.as_strided(inputs.shape, inputs.stride())

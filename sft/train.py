@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -346,8 +346,10 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         generator=job.generator,
         balanced=settings.balanced,
     ):
-        strength = strengths(labels, job.counts, settings.rare)
-        seen = augment(pixels, settings, job.generator, strength)
+        seen = pixels
+        if settings.augments:
+            strength = strengths(labels, job.counts, settings.rare)
+            seen = augment(pixels, settings, job.generator, strength)
         classes = len(network.config.classes)
         targets = soft_targets(labels, classes, smoothing=settings.label_smoothing)
         seen, targets = mixup(seen, targets, settings.mixup, job.generator)
@@ -417,11 +419,10 @@ def _cached(
 
 def _placed(start: Network, champion: Network, device: torch.device) -> tuple[Network, Network]:
     """Copy the network to a device; the champion only where it is not there yet."""
-    network: nn.Module = copy.deepcopy(start)
-    network = network.to(device=device, memory_format=torch.channels_last)
+    network = copy.deepcopy(start).to(device).to(memory_format=torch.channels_last)
     if champion.mean.device.type != device.type:
         champion = copy.deepcopy(champion).to(device)
-    return cast("Network", network), champion
+    return network, champion
 
 
 @contextmanager
