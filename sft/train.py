@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -22,6 +22,7 @@ from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
 from sft.evaluate import mean_loss
 from sft.models import Network
+from sft.modes import evaluating
 from sft.objectives import (
     EWC,
     L2SP,
@@ -223,7 +224,6 @@ def fine_tune(
             notes += [corrected] if corrected else []
             best.last = len(history)
             for number in range(len(history) + 1, len(history) + 1 + count):
-                training_mode(network, phase, freeze_batch_norm=settings.freeze_batch_norm)
                 try:
                     train_loss = _one_pass(views[number % len(views)], optimiser, schedule)
                 except _NotFiniteError as error:
@@ -309,7 +309,9 @@ class _Best:
             score = epoch.validation_accuracy if by_accuracy else -epoch.validation_loss
         if not score > self.score:
             return False
-        self.weights, self.score = _snapshot(network), score
+        still = {name for name, value in network.named_parameters() if not value.requires_grad}
+        kept = {name: value for name, value in self.weights.items() if name in still}
+        self.weights, self.score = {**_snapshot(network, still), **kept}, score
         self.epoch = self.last = epoch.number
         return True
 
@@ -468,6 +470,8 @@ def _terms(
 
 def _answer_terms(champion: Network, settings: TrainingSettings) -> list[Penalty]:
     """Make those that hold the champion's answers; it is given what the network is given."""
+    if not settings.distillation and not settings.dark_experience:
+        return []
     teacher, terms = Teacher(champion), list[Penalty]()
     if settings.distillation:
         terms.append(Distillation(teacher, settings.distillation, temperature=settings.temperature))
@@ -518,8 +522,7 @@ def _labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> Tensor:
 def _validated(
     job: _Job, number: int, train_loss: float, validation: tuple[LabelledPictures, ...]
 ) -> Epoch:
-    job.network.eval()
-    with job.autocast:
+    with evaluating(job.network), job.autocast:
         return Epoch(number, train_loss, *mean_loss(job.network, validation))
 
 
@@ -528,5 +531,6 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
     return value if device.type == "cpu" else value.pin_memory().to(device, non_blocking=True)
 
 
-def _snapshot(network: Network) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+def _snapshot(network: Network, without: Collection[str] = ()) -> dict[str, Tensor]:
+    state = network.state_dict()
+    return {name: state[name].detach().clone() for name in state if name not in without}

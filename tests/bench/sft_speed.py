@@ -35,6 +35,8 @@ from sft.train import TrainingSettings, fine_tune
 
 SIDE = 224
 PICTURES = 32
+STAGE = 140
+"""Labels of a stage of PACS, as in the table of recovery."""
 EPOCHS = 10
 REPEATS = 3
 PEAK_SIDE = 2048
@@ -207,7 +209,7 @@ def _least(figure: str, epochs: int, columns: list[list[float]], least: float) -
 
 def known_before(findings: str) -> list[Figure]:
     """Give the speed of a head's update when the old pictures' activations are there."""
-    name, fresh, old = "squeezenet1_1", pictures(PICTURES), pictures(PICTURES, "sketch")
+    name, fresh, old = "squeezenet1_1", pictures(STAGE), pictures(STAGE, "sketch")
     both = LabelledPictures(
         fresh.sample_ids + old.sample_ids,
         torch.cat([fresh.pixels, old.pixels]),
@@ -233,7 +235,7 @@ def known_before(findings: str) -> list[Figure]:
     columns = interleaved(REPEATS, naive.epoch, *updates)
     return [
         _least(
-            f"head-only update, 10 epochs, {PICTURES} new and {PICTURES} old cached, SqueezeNet,"
+            f"head-only update, 10 epochs, {STAGE} new and {STAGE} old cached, SqueezeNet,"
             " times the naive loop",
             EPOCHS,
             columns,
