@@ -308,7 +308,7 @@ def shares(findings: str) -> list[Figure]:
         way = fastest_way(of, at, settings_of(findings, Precision.BFLOAT16))
         exact = fastest_way(of, at, settings_of(findings, Precision.FLOAT32))
         columns = interleaved(
-            2 * REPEATS,
+            REPEATS,
             partial(torch.mm, two, two),
             partial(_embed, of, at, way),
             partial(torch.mm, one, one),
