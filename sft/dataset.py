@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sft.tasks import SINGLE_LABEL, Task
+
 HOLDOUT_SHARE = 0.3
 VALIDATION_SHARE = 0.1
 
@@ -46,7 +48,8 @@ class LabelledPictures:
     Attributes:
         sample_ids: n ids.
         pixels: uint8 (n, C, H, W).
-        labels: int64 (n,), the index of the class.
+        labels: (n, …), as the task has them: int64 (n,), the index of the class, or float32
+            (n, outputs).
     """
 
     sample_ids: tuple[str, ...]
@@ -94,16 +97,17 @@ def batches(
     rehearsal: float,
     generator: torch.Generator,
     balanced: bool = False,
+    task: Task = SINGLE_LABEL,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
 
     Yields uint8 pictures (b, C, H, W), labels (b,) and whether each is old, bool (b,). The old
     samples are drawn uniformly, and none again before all were. With `balanced` as many fresh
-    samples are drawn with repetition, each class equally often.
+    samples are drawn with repetition, each class equally often, as the task tells classes.
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
-    chunks = list(_order(fresh, generator, balanced=balanced).split(fresh_count))
+    chunks = list(_order(fresh, generator, task, balanced=balanced).split(fresh_count))
     if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
         chunks[-2:] = [torch.cat(chunks[-2:])]
     shares = [max(1, round(old_count * len(one) / fresh_count)) for one in chunks]
@@ -125,11 +129,13 @@ def _drawn(
     return drawn
 
 
-def _order(fresh: LabelledPictures, generator: torch.Generator, *, balanced: bool) -> Tensor:
+def _order(
+    fresh: LabelledPictures, generator: torch.Generator, task: Task, *, balanced: bool
+) -> Tensor:
     if not balanced:
         return torch.randperm(len(fresh), generator=generator)
-    counts = torch.bincount(fresh.labels).float()
-    shares = 1 / counts[fresh.labels]
+    outputs = 0 if fresh.labels.ndim == 1 else fresh.labels.shape[1]
+    shares = 1 / task.alike(fresh.labels, task.counts(fresh.labels, outputs)).float()
     return torch.multinomial(shares, len(fresh), replacement=True, generator=generator)
 
 
@@ -140,7 +146,7 @@ def mixup(
 
     Args:
         pixels: uint8 (n, C, H, W).
-        targets: float (n, classes), shares of classes.
+        targets: float (n, outputs), of which blends are targets too, such as shares of classes.
         alpha: of the Beta(alpha, alpha) that the shares of a batch are drawn from; 0: no blending.
         generator: source of the partners and the share.
     """
