@@ -202,10 +202,11 @@ def _make(
                 network,
                 train,
                 settings.bootstrap,
-                cache=ActivationCache(),
+                cache=ActivationCache(compute=settings.compute),
                 validation=(pictures.with_role(Role.VALIDATION),),
                 on_epoch=bar.on_epoch,
                 on_batch=bar.on_batch,
+                compute=settings.compute,
             )
         network = tuned.network
         log_training(registry, run_id, tuned)

@@ -26,6 +26,7 @@ from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
 from sft.pixels import IN_MEMORY_BYTES
+from sft.speed import ComputeSettings
 from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
@@ -248,6 +249,7 @@ class Settings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -289,6 +291,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": PolicySettings,
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,
+    "compute": ComputeSettings,
     "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,

@@ -144,25 +144,34 @@ def batches(
     """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
 
     Yields uint8 pictures (b, C, H, W), labels (b,), whether each is old, bool (b,), and how much
-    each counts, float32 (b,). The old samples of a batch are drawn uniformly, and repeated only
-    when the memory holds fewer than the share asks for. With `balanced` as many fresh samples are
-    drawn with repetition, each class equally often, as the task tells classes.
+    each counts, float32 (b,). The old samples are drawn uniformly, and none again before all were.
+    With `balanced` as many fresh samples are drawn with repetition, each class equally often, as
+    the task tells classes.
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
     chunks = list(_order(fresh, generator, task, balanced=balanced).split(fresh_count))
     if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
         chunks[-2:] = [torch.cat(chunks[-2:])]
-    for chosen in chunks:
-        pixels, labels, shares = fresh.pixels[chosen], fresh.labels[chosen], fresh.shares[chosen]
-        if memory is not None and old_count:
-            share = max(1, round(old_count * len(chosen) / fresh_count))
-            old = torch.randperm(len(memory), generator=generator)
-            old = old.repeat(math.ceil(share / len(old)))[:share]
+    shares = [max(1, round(old_count * len(one) / fresh_count)) for one in chunks]
+    drawn = _drawn(memory, shares, generator) if memory is not None and old_count else None
+    for place, chosen in enumerate(chunks):
+        pixels, labels, counted = fresh.pixels[chosen], fresh.labels[chosen], fresh.shares[chosen]
+        if memory is not None and drawn is not None:
+            old = drawn[place]
             pixels = torch.cat([pixels, memory.pixels[old]])
             labels = torch.cat([labels, memory.labels[old]])
-            shares = torch.cat([shares, memory.shares[old]])
-        yield pixels, labels, torch.arange(len(labels)) >= len(chosen), shares
+            counted = torch.cat([counted, memory.shares[old]])
+        yield pixels, labels, torch.arange(len(labels)) >= len(chosen), counted
+
+
+def _drawn(
+    memory: LabelledPictures, shares: Sequence[int], generator: torch.Generator
+) -> Sequence[Tensor]:
+    rounds = math.ceil(sum(shares) / len(memory))
+    orders = [torch.randperm(len(memory), generator=generator) for _ in range(rounds)]
+    drawn: Sequence[Tensor] = torch.cat(orders)[: sum(shares)].split(list(shares))
+    return drawn
 
 
 def _order(

@@ -146,7 +146,8 @@ def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float
     with torch.inference_mode():
         for data in sets:
             if len(data):
-                [logits] = collect(([network(part)] for part in data.pixels.split(256)), len(data))
+                passes = ([network(part).float().cpu()] for part in data.pixels.split(256))
+                [logits] = collect(passes, len(data))
                 losses.append(task.validation_loss(logits, data.labels, data.weights).item())
                 right = task.right(task.predicted(task.answers(logits)), data.labels).float()
                 accuracies.append(_mean(right, data.weights))
