@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from prefect import flow
 
 from flows.registry import CHALLENGER, CHAMPION, Registry, RegistryError, Version
 from flows.settings import Settings, load_settings
 from sft.dataset import LabelledPictures, Role, join
-from sft.evaluate import Answers, answer, confusion
+from sft.evaluate import Answers, answer
 from sft.gate import Outcome, Pair, Verdict, judge
 from sft.memory import Memory
 from sft.models import Network
@@ -125,13 +126,14 @@ def holdouts(
     old. Both come from the versions' memories, so they are there when the feed's data is gone.
     """
     memory: Memory = registry.memory(candidate)
-    held = memory.labelled(Role.HOLDOUT, classes, preprocessing)
+    task = registry.config(candidate).task
+    held = memory.labelled(Role.HOLDOUT, classes, preprocessing, task)
     known = set(registry.learned(champion)["sample_id"])
     is_old = [name in known for name in held.sample_ids]
     fresh = held.take([i for i, old in enumerate(is_old) if not old])
     old = held.take([i for i, old in enumerate(is_old) if old])
     # what the candidate's parent remembers and the candidate no longer does is old, too
-    earlier = registry.memory(champion).labelled(Role.HOLDOUT, classes, preprocessing)
+    earlier = registry.memory(champion).labelled(Role.HOLDOUT, classes, preprocessing, task)
     have = set(held.sample_ids)
     rest = earlier.take([i for i, name in enumerate(earlier.sample_ids) if name not in have])
     return fresh, join([old, rest])
@@ -139,11 +141,12 @@ def holdouts(
 
 def _answer(network: Network, data: LabelledPictures, classes: Sequence[str]) -> Answers:
     """Let a network answer in terms of `classes`, which hold all of its own."""
-    found = answer(network, data)
+    found, task = answer(network, data), network.config.task
     place = np.array([classes.index(name) for name in network.config.classes])
     probabilities = np.zeros((len(data), len(classes)), dtype=np.float32)
     probabilities[:, place] = found.probabilities
-    return Answers(place[found.predicted], found.labels, probabilities)
+    predicted = task.predicted(torch.from_numpy(probabilities)).numpy()
+    return Answers(predicted, found.labels, probabilities, task)
 
 
 def _log_scores(
@@ -153,13 +156,14 @@ def _log_scores(
     pairs: Mapping[str, Pair],
     classes: Sequence[str],
 ) -> None:
-    """Put both versions' accuracy, by class too, and confusions on the training run."""
+    """Put both versions' accuracy, by class too, and confusions or errors on the training run."""
     scores = {
         name: {
             f"version {version.number}": {
                 "accuracy": answers.accuracy,
+                "score": float(answers.scores.mean()),
                 "per_class": answers.per_class(tuple(classes)),
-                "confusion": confusion(answers, len(classes)).tolist(),
+                **answers.details(classes),
             }
             for version, answers in ((champion, pair.champion), (candidate, pair.challenger))
         }

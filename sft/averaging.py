@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sft.dataset import LabelledPictures
 from sft.evaluate import mean_loss
 from sft.models import ModelError, Network
+from sft.tasks import SINGLE_LABEL, Task
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 """It must hold 1.0: a blind .5 hurts networks with batch norm."""
@@ -155,16 +156,17 @@ class Ensemble(nn.Module):
 
     It is the body of a `Network` like any other. The mean of log-probabilities is that of the
     logits, up to a constant a picture that no softmax sees, with each member brought to the same
-    level first.
+    level first. In a task without a softmax it is the mean of the outputs.
     """
 
-    def __init__(self, members: Sequence[nn.Module]) -> None:
+    def __init__(self, members: Sequence[nn.Module], task: Task = SINGLE_LABEL) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.task = task
 
     def forward(self, scaled: Tensor) -> Tensor:
         """Scaled pictures (n, C, H, W) to logits (n, classes)."""
-        answers = [cast("Tensor", member(scaled)).log_softmax(1) for member in self.members]
+        answers = [self.task.level(cast("Tensor", member(scaled))) for member in self.members]
         return torch.stack(answers).mean(0)
 
 
@@ -178,8 +180,9 @@ def ensemble(networks: Sequence[Network]) -> Network:
         raise ModelError(f"an ensemble needs at least 2 networks, got {len(networks)}")
     for other in networks[1:]:
         _check_same(networks[0], other)
-    body = Ensemble([copy.deepcopy(network.body) for network in networks])
-    return Network(networks[0].config, body).eval()
+    config = networks[0].config
+    body = Ensemble([copy.deepcopy(network.body) for network in networks], config.task)
+    return Network(config, body).eval()
 
 
 def _mix(before: Tensor, after: Tensor, alpha: float) -> Tensor:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sft.pictures import Preprocessing
+from sft.tasks import SINGLE_LABEL, Task, from_json, to_json
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -39,9 +40,10 @@ class ModelConfig:
 
     Attributes:
         architecture: a torchvision name, `small_cnn`, `mlp`, or `package.module:function`.
-        classes: class names in the order of the head's outputs.
+        classes: names in the order of the head's outputs: of classes, labels or targets.
         preprocessing: how a picture becomes a tensor.
         mean, std: per channel, on pixels scaled to [0, 1].
+        task: what the outputs mean.
     """
 
     architecture: str
@@ -49,11 +51,14 @@ class ModelConfig:
     preprocessing: Preprocessing
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    task: Task = SINGLE_LABEL
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be a classifier's configuration."""
-        if len(self.classes) < 2:  # noqa: PLR2004 - one class leaves nothing to decide
-            raise ModelError(f"a classifier needs at least 2 classes, got {list(self.classes)}")
+        """Refuse what cannot be a network's configuration."""
+        try:
+            self.task.refuse(self.classes)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
         if len(set(self.classes)) != len(self.classes):
             raise ModelError(f"classes are named twice in {list(self.classes)}")
         channels = self.preprocessing.channels
@@ -64,8 +69,8 @@ class ModelConfig:
 class Network(nn.Module):
     """A body whose last layer is the head, fed with uint8 pictures.
 
-    `forward` gives logits (n, classes); `embed` gives what the head sees and the probabilities, in
-    one pass.
+    `forward` gives logits (n, classes), or what stands for them in another task; `embed` gives what
+    the head sees and what the outputs mean, in one pass.
     """
 
     mean: Tensor
@@ -104,13 +109,16 @@ class Network(nn.Module):
         return embedding.flatten(1), logits
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Uint8 pictures to embeddings (n, d) and probabilities (n, classes), both float32."""
+        """Uint8 pictures to embeddings (n, d) and answers (n, classes), both float32.
+
+        Answers are probabilities, or the values of a regression.
+        """
         was_training = self.training
         self.eval()
         try:
             with torch.inference_mode():
                 embedding, logits = self.features(pixels)
-                return embedding.float(), logits.float().softmax(dim=1)
+                return embedding.float(), self.config.task.answers(logits.float())
         finally:
             self.train(was_training)
 
@@ -206,9 +214,14 @@ def widen(network: Network, classes: Sequence[str], *, seed: int = 0) -> Network
     """Return a copy with a head for more classes; the rows of the old classes keep their weights.
 
     Raises:
-        ModelError: when an old class is missing from `classes`.
+        ModelError: when an old class is missing from `classes`, or the task has none that grow.
     """
     old = network.config.classes
+    if not network.config.task.grows:
+        raise ModelError(
+            f"the targets of a {network.config.task.name} cannot grow: bootstrap a new model with"
+            f" {list(classes)}"
+        )
     if missing := [name for name in old if name not in classes]:
         raise ModelError(f"a widened head keeps every old class; missing: {missing}")
     config = replace(network.config, classes=(*old, *(c for c in classes if c not in old)))
@@ -234,6 +247,7 @@ def save(network: Network, folder: Path) -> None:
     }
     save_file(state, folder / WEIGHTS_FILE)
     config = asdict(network.config)
+    config["task"] = to_json(network.config.task)
     config["weights_sha256"] = _sha256(folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -248,6 +262,7 @@ def read_config(folder: Path) -> ModelConfig:
             preprocessing=Preprocessing(**raw["preprocessing"]),
             mean=tuple(float(value) for value in raw["mean"]),
             std=tuple(float(value) for value in raw["std"]),
+            task=from_json(raw.get("task")),
         )
     except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, or refused
         raise ModelError(
