@@ -282,6 +282,7 @@ METHODS: dict[str, Method] = {
     "tutorial fine-tuning": Method(_tutorial, TUTORIAL),
     "scratch on everything": Method(_scratch),
     "the default": Method(_tuned),
+    "30 epochs of 64": _changed(epochs=30, batch_size=64),  # the default before
     # what may move
     "head": Method(_tuned, HEAD),
     "head, embeddings cached": Method(_head_again, HEAD),
