@@ -51,7 +51,7 @@ SEEDS = (0, 1, 2)
 KEY_METHODS = ("no update", "tutorial fine-tuning", "scratch on everything", "the default", "head")
 DEAR = ("scratch on everything",)
 """One seed: it takes minutes, and answers the same within a point or two."""
-DELIVERIES = 40
+DELIVERIES = 20
 DELIVERED = 140
 WRONG = 0.6
 
@@ -302,7 +302,7 @@ def avalanche(run: Runner) -> list[Figure]:
 def labels(run: Runner) -> list[Figure]:
     """Deliveries with wrong labels that are stopped, and clean ones."""
     stopped: dict[str, dict[str, float]] = {"random": {}, "next class": {}, "clean": {}}
-    plan = (("digits", 1000), ("sensor", 1000), ("squeezenet", 1400))
+    plan = (("digits", 1000), ("sensor", 1000), ("squeezenet", 800))
     for name, count in plan:
         given = world(name, count, 0)
         for arrival in given.arrivals:
