@@ -232,7 +232,9 @@ class NotifySettings:
 
 
 def _bootstrap_training() -> TrainingSettings:
-    return TrainingSettings(epochs=30, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False)
+    return TrainingSettings(
+        epochs=30, batch_size=64, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False
+    )
 
 
 @dataclass(frozen=True)
