@@ -36,6 +36,8 @@ BATCH_SIZE = 64
 LEAST_BATCH = 16
 """Fewer are filled up with copies: passes of 16 and more gave the same bits for a picture whatever
 came with it (small_cnn, ResNet-18, SqueezeNet), passes of 1 to 7 did not."""
+CHANGED_TOGETHER = 1024
+"""Pictures that are augmented at once."""
 MEMORY_BYTES = 2**30
 """For instance 10,000 pictures of 128 pixels in front of SqueezeNet's head (100 kB each), or half a
 million in front of ResNet-18's (2 kB)."""
@@ -124,7 +126,7 @@ class ActivationCache:
         found |= self._read(part, set(samples) - found.keys())
         places = {key: place for place, key in enumerate(samples) if key not in found}
         if places:
-            missing = pictures.pixels[list(places.values())]
+            missing = torch.tensor(list(places.values()))
             run = frozen_pass(network, at, way) if way is not None else None
             run = run or partial(activations, network, at)
             size, least = (
@@ -132,8 +134,8 @@ class ActivationCache:
             )
             computed = [
                 row.clone()
-                for chunk in missing.split(size)
-                for row in run(_filled(chunk, least))[: len(chunk)].cpu()
+                for chosen in missing.split(size)
+                for row in run(_filled(pictures.pixels[chosen], least))[: len(chosen)].cpu()
             ]
             new = dict(zip(places, computed, strict=True))
             self._write(part, new)
@@ -328,7 +330,11 @@ def cut(
         if change is None:
             return given(data)
         generator = torch.Generator().manual_seed(seed + number)
-        return given(replace(data, pixels=change(data, generator)))
+        changed = [
+            cache.get(network, tail.at, replace(part, pixels=change(part, generator)))
+            for part in data.split(CHANGED_TOGETHER)
+        ]
+        return replace(data, pixels=torch.cat(changed))
 
     pairs = tuple(
         (view(number, fresh), None if memory is None else view(number, memory))

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from sft.folding import folded, packed
 from sft.models import Network
+from sft.pixels import Pixels
 from sft.ranges import not_negative
 from sft.strategies import activations
 
@@ -183,7 +184,7 @@ def fastest_way(network: Network, at: str, settings: ComputeSettings) -> Way:
     return Way(Kind(found["kind"]), Precision(found["precision"]), int(found["batch_size"]))
 
 
-def trains_in_half(network: Network, pixels: Tensor, settings: ComputeSettings) -> bool:
+def trains_in_half(network: Network, pixels: Pixels, settings: ComputeSettings) -> bool:
     """Tell, after a measurement or from memory, whether to train in bfloat16.
 
     Args:
@@ -196,7 +197,7 @@ def trains_in_half(network: Network, pixels: Tensor, settings: ComputeSettings) 
     device = network.mean.device
     if device.type != "cpu":
         return bool(torch.cuda.is_bf16_supported())
-    some = pixels[:STEP_PICTURES]
+    some = pixels[torch.arange(min(len(pixels), STEP_PICTURES))]
     moving = [name for name, value in network.named_parameters() if value.requires_grad]
 
     def measure() -> dict[str, Any]:

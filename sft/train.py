@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -21,7 +21,7 @@ from sft.averaging import choose_alpha
 from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
 from sft.evaluate import mean_loss
-from sft.models import Network
+from sft.models import ModelConfig, Network
 from sft.modes import evaluating
 from sft.objectives import EWC, L2SP, DarkExperience, Distillation, Penalty, Teacher, fisher
 from sft.ranges import at_least_one, below_one, not_negative, positive
@@ -41,6 +41,10 @@ from sft.tasks import Task
 
 FISHER_SAMPLES = 200
 """Old samples that EWC's Fisher information is estimated on: one backward pass each."""
+LEAST_VALIDATION = 5
+"""Samples that each validation set must have for training to stop by them. With 0 or 1 fresh ones
+beside 100 old ones it stopped where least was forgotten: 5 to 6 points of accuracy on 60 fresh
+digits were lost against training to the end, 1 to 2 points with 2 to 50."""
 
 
 class TrainingError(ValueError):
@@ -60,7 +64,9 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
 
     The defaults are what won on real pictures: rehearsal of old samples is the term that no default
     may lack (a new domain learned at 45 % with the old one at 62 %, against 47/33 without it), then
-    a weak pull towards the champion (46/62), with batch-norm statistics frozen (77 against 74).
+    a weak pull towards the champion (46/62), with batch-norm statistics frozen (77 against 74). 15
+    epochs of batches of 32 were better than 30 of 64 on a drifted sensor (41.8/62.6 against
+    39.1/61.3): there the validation loss rises, and stops the training, before accuracy has.
 
     What may move, how large the steps are and how far pictures are changed is told by the settings
     that these extend.
@@ -84,8 +90,8 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
         seed: of every random draw.
     """
 
-    epochs: int = 30
-    batch_size: int = 64
+    epochs: int = 15
+    batch_size: int = 32
     rehearsal: float = 0.5
     l2_sp: float = 0.01
     ewc: float = 0.0
@@ -122,19 +128,24 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the fresh samples: mean training loss, and validation (NaN without any)."""
+    """One pass over the fresh samples: mean training loss, and validation (NaN without any).
+
+    `learning_rate` is the largest of its first step.
+    """
 
     number: int
     train_loss: float
     validation_loss: float
     validation_accuracy: float
+    learning_rate: float = math.nan
 
 
 @dataclass(frozen=True)
 class FineTuned:
     """The best network of a run, and the run's history.
 
-    `alpha` is the share of the way from the champion that was kept; `notes` say what was corrected.
+    `alpha` is the share of the way from the champion that was kept; `notes` say what was corrected,
+    and what could not be done.
     """
 
     network: Network
@@ -163,6 +174,7 @@ def fine_tune(
     validation: tuple[LabelledPictures, ...] = (),
     cache: ActivationCache | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
     compute: ComputeSettings | None = None,
 ) -> FineTuned:
     """Fine-tune a copy of `start` on fresh samples; `start` itself is not changed.
@@ -176,8 +188,11 @@ def fine_tune(
         anchor: the champion, whose weights and answers L_pre holds; `start` by default. A head that
             was widened is held only in the rows that the anchor has.
         validation: sets whose mean losses are averaged for early stopping, each set with the same
-            weight (fresh and old, so that the best epoch is not the one that forgot most).
+            weight (fresh and old, so that the best epoch is not the one that forgot most). One
+            with fewer than `LEAST_VALIDATION` samples decides nothing: all epochs are done, the
+            last weights are kept, and the notes say so.
         on_epoch: called after each epoch, for progress.
+        on_batch: called after each step with the number of its fresh samples, for progress.
         compute: where, and how precisely; by default on the CPU in float32.
 
     Returns:
@@ -185,15 +200,16 @@ def fine_tune(
         history. The same seed on the same machine gives the same weights.
 
     Raises:
-        TrainingError: no samples, a single class, a strategy that the network has no layers for, or
-            a loss that is not finite before any epoch has ended (later, training stops and the best
-            weights are kept).
+        TrainingError: no samples, a single class, labels outside the classes, a strategy that the
+            network has no layers for, or a loss that is not finite before any epoch has ended
+            (later, training stops and the best weights are kept).
     """
     if memory is not None and not len(memory):
         memory = None
     rehearsed = memory if settings.rehearsal else None
-    _check_labels(fresh, rehearsed, start.config.task)
+    _check_labels(fresh, rehearsed, start.config)
     _check_settings(settings, start.config.task)
+    small = [len(data) for data in validation if len(data) < LEAST_VALIDATION]
     compute = compute or ComputeSettings(device=Device.CPU)
     network, champion = _placed(start, anchor or start, compute.start())
     generator = torch.Generator().manual_seed(settings.seed)
@@ -204,10 +220,12 @@ def fine_tune(
     except ValueError as error:
         raise TrainingError(str(error)) from error
     weights = _loss_weights(network, fresh, rehearsed, settings)
-    job = _Job(network, fresh, rehearsed, settings, tuple(terms), weights, generator, compute)
-    best = _Best(_snapshot(network), settings, validated=any(len(data) for data in validation))
+    job = _Job(
+        network, fresh, rehearsed, settings, tuple(terms), weights, generator, compute, on_batch
+    )
+    best = _Best(_snapshot(network), settings, validated=bool(validation) and not small)
     history: list[Epoch] = []
-    notes: list[str] = []
+    notes = [_too_few(small)] if small else []
     stopped = "all epochs done"
 
     with _tuning(network, settings):
@@ -217,6 +235,7 @@ def fine_tune(
             notes += [corrected] if corrected else []
             best.last = len(history)
             for number in range(len(history) + 1, len(history) + 1 + count):
+                rate = max(group["lr"] for group in optimiser.param_groups)
                 try:
                     train_loss = _one_pass(views[number % len(views)], optimiser, schedule)
                 except _NotFiniteError as error:
@@ -227,7 +246,7 @@ def fine_tune(
                     if not history:
                         raise TrainingError(stopped) from None
                     break
-                epoch = _validated(views[0], number, train_loss, validated)
+                epoch = _validated(views[0], number, train_loss, validated, rate)
                 history.append(epoch)
                 if on_epoch is not None:
                     on_epoch(epoch)
@@ -240,7 +259,7 @@ def fine_tune(
     network.eval()
     alpha = 1.0
     if settings.interpolate:
-        choice = choose_alpha(champion, network, validation)
+        choice = choose_alpha(champion, network, () if small else validation)
         network, alpha = choice.network, choice.alpha
     network.to("cpu")
     return FineTuned(network, tuple(history), best.epoch, stopped, alpha, tuple(notes))
@@ -258,6 +277,7 @@ class _Job:
     weights: Tensor | None
     generator: torch.Generator
     compute: ComputeSettings
+    on_batch: Callable[[int], None] | None = None
 
     @cached_property
     def half(self) -> bool:
@@ -347,7 +367,7 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
     settings, network, task = job.settings, job.network, job.task
     device = network.mean.device
     losses: list[float] = []
-    for pixels, labels, is_old in batches(
+    for pixels, labels, is_old, counted in batches(
         job.fresh,
         job.rehearsed,
         batch_size=settings.batch_size,
@@ -360,11 +380,11 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         if settings.augments:
             seen = augment(pixels, settings, job.generator, job.strength(labels))
         targets = task.targets(labels, job.outputs, smoothing=settings.label_smoothing)
-        seen, targets = mixup(seen, targets, settings.mixup, job.generator)
-        seen, targets = _moved(seen, device), _moved(targets, device)
+        seen, targets, shares = mixup(seen, targets, counted, settings.mixup, job.generator)
+        seen, targets, shares = (_moved(one, device) for one in (seen, targets, shares))
         with job.autocast:
             logits = network(seen).float()
-            loss = task.loss(logits, targets, job.weights)
+            loss = task.loss(logits, targets, job.weights, shares)
             for term in job.terms:
                 loss = loss + term(network, seen, logits, is_old.to(device))
         optimiser.zero_grad(set_to_none=True)
@@ -375,6 +395,8 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
+        if job.on_batch is not None:
+            job.on_batch(int((~is_old).sum()))
     return sum(losses) / len(losses)
 
 
@@ -394,7 +416,7 @@ def _cached(
         return [job], validation
 
     def change(data: LabelledPictures, generator: torch.Generator) -> Tensor:
-        return augment(data.pixels, settings, generator, job.strength(data.labels))
+        return augment(data.pixels[:], settings, generator, job.strength(data.labels))
 
     part = cut(
         job.network,
@@ -509,10 +531,21 @@ def _dropout(network: Network, p: float) -> Iterator[None]:
         hook.remove()
 
 
-def _check_labels(fresh: LabelledPictures, memory: LabelledPictures | None, task: Task) -> None:
+def _too_few(small: Sequence[int]) -> str:
+    return (
+        f"a validation set of {min(small)} samples is too small to stop or choose by (at least"
+        f" {LEAST_VALIDATION} are needed): all epochs were done, and the last weights kept"
+    )
+
+
+def _check_labels(
+    fresh: LabelledPictures, memory: LabelledPictures | None, config: ModelConfig
+) -> None:
     if not len(fresh):
         raise TrainingError("there is no fresh sample to train on")
-    if why := task.unlearnable(_labels(fresh, memory)):
+    labels = _labels(fresh, memory)
+    outside = config.task.outside(labels, len(config.classes))
+    if why := outside or config.task.unlearnable(labels):
         raise TrainingError(why)
 
 
@@ -544,10 +577,14 @@ def _labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> Tensor:
 
 
 def _validated(
-    job: _Job, number: int, train_loss: float, validation: tuple[LabelledPictures, ...]
+    job: _Job,
+    number: int,
+    train_loss: float,
+    validation: tuple[LabelledPictures, ...],
+    rate: float,
 ) -> Epoch:
     with evaluating(job.network), job.autocast:
-        return Epoch(number, train_loss, *mean_loss(job.network, validation))
+        return Epoch(number, train_loss, *mean_loss(job.network, validation), rate)
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:
