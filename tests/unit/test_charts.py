@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flows.charts import draw_confusions, draw_still_wrong
+from flows.charts import draw_confusions, draw_still_wrong, draw_training
 from sft.evaluate import Answers
 from sft.gate import Pair
+from sft.models import ModelConfig, build
+from sft.pictures import Preprocessing
 from sft.tasks import MultiLabel, Regression, Task
+from sft.train import Epoch, FineTuned
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -66,3 +69,12 @@ def test_every_task_has_its_charts(task: Task, tmp_path: Path) -> None:
     pixels = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
     drawn = draw_still_wrong(tmp_path / "w.png", pixels, both, names)
     assert drawn == int((~answers[1].right).sum()) > 0
+
+
+@pytest.mark.parametrize("validation", [0.5, float("nan")])
+def test_losses_by_epoch(validation: float, tmp_path: Path) -> None:
+    """A PNG with and without validation, also of a single epoch; words are no formula."""
+    network = build(ModelConfig("mlp", ("a", "b"), Preprocessing(8), (0.5,) * 3, (0.2,) * 3))
+    epochs = (Epoch(1, 1.0, validation, validation, 0.1),)
+    draw_training(tmp_path / "t.png", FineTuned(network, epochs, 1, "$\\frac{ stopped"))
+    assert min(size(tmp_path / "t.png")) > 300

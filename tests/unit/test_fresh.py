@@ -127,3 +127,18 @@ def test_what_cannot_be_a_label_of_a_task_is_reported(settings: Settings) -> Non
     found = gather_labels(settings, batches, ("ink",), Regression())
     assert found.table.empty
     assert any("2 labels cannot be used (first: 'x|zebra' holds 2" in p for p in found.problems)
+
+
+def test_a_split_sample_may_be_called_by_its_path(settings: Settings) -> None:
+    """A late label that names the file reaches the sample, whose id names the split."""
+    for name in ("train", "test"):
+        folder = settings.root / "feed" / "b2" / name
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "1.png")
+    late = "sample_id,label\nb2/test/1.png,x\nb2/train+val//1.png,y\nb1/x/1.png,y\n"
+    (settings.root / "labels" / "late.csv").write_text(late)
+    batches = list_batches(settings.feed, settings.root)
+    found = gather_labels(settings, batches, ["x", "y"])
+    assert found.problems == ()
+    assert found.of_batch("b2") == {"b2/test//1.png": "x", "b2/train+val//1.png": "y"}
+    assert found.of_batch("b1") == {"b1/x/1.png": "y", "b1/y/1.png": "y"}

@@ -48,6 +48,22 @@ def test_the_template_explains_every_key() -> None:
     }
 
 
+def test_a_recipe_gets_the_name_and_keeps_its_words(tmp_path: Path) -> None:
+    """What is written is the recipe, whose settings load; what is no recipe is named."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('# Why.\n[model]\nname = ""\narchitecture = "mlp"\n')
+    write_template(tmp_path / "sustain.toml", "digits", recipe)
+    assert (tmp_path / "sustain.toml").read_text().startswith("# Why.\n")
+    settings = load_settings(tmp_path / "sustain.toml", environ={})
+    assert (settings.model.name, settings.model.architecture) == ("digits", "mlp")
+    with pytest.raises(SettingsError, match=r"no recipe at .*gone\.toml: deployments/recipes/"):
+        write_template(tmp_path / "other.toml", "digits", tmp_path / "gone.toml")
+    recipe.write_text('[model]\nname = "x"\n')
+    with pytest.raises(SettingsError, match=r"recipe\.toml is no recipe: it has no line"):
+        write_template(tmp_path / "other.toml", "digits", recipe)
+    assert not (tmp_path / "other.toml").exists()
+
+
 def test_the_template_overwrites_nothing(tmp_path: Path) -> None:
     """A file that is there stays as it is."""
     path = written(tmp_path, "mine")
