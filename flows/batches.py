@@ -32,6 +32,7 @@ from flows.storage import (
 from flows.tables import Table, is_missing, label_text, no_column, parse_table
 from flows.words import count, first_few, first_line, tell_rows
 from sft.pictures import Preprocessing
+from sft.pixels import IN_MEMORY_BYTES
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -48,6 +49,7 @@ def read_batch(
     root: Path,
     preprocessing: Preprocessing,
     only: AbstractSet[str] | None = None,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
 ) -> BatchData:
     """Read and decode a batch; a bad sample is quarantined, and the rest goes on.
 
@@ -62,6 +64,7 @@ def read_batch(
         preprocessing: what the network wants to see.
         only: sample ids to read; others are neither read nor judged, and neither `max_bad_share`
             nor `min_samples` applies.
+        in_memory_bytes: decoded pictures beyond it lie in a file.
 
     Raises:
         BatchNotReady: empty, half-written, gone, or changed since it was listed or while it was
@@ -72,7 +75,7 @@ def read_batch(
     place = open_place(batch.url, settings.storage_options, root)
     entries = walk(place)
     current = check_ready(batch, settings, root, place, entries)
-    intake = Intake(current, settings, preprocessing, only)
+    intake = Intake(current, settings, preprocessing, only, in_memory_bytes)
     _read_contents(place, _named(current, entries), settings, intake)
     if describe(place, batch.id, walk(place)).stamp != current.stamp:
         raise BatchNotReady(

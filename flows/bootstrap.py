@@ -12,18 +12,20 @@ from pathlib import Path
 import pandas as pd
 import torch
 from prefect import flow
-from rich.progress import Progress
 from scipy.stats import binomtest
 
 from flows.batches import read_batch
 from flows.digest import digest
 from flows.feed import describe_batch
+from flows.history import show_in_prefect
 from flows.intake import About
 from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
+from flows.progress import TrainingBar
 from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
+from flows.story import first_story
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import answer
@@ -37,6 +39,7 @@ from sft.models import (
     published_input,
 )
 from sft.pictures import Preprocessing
+from sft.pixels import channel_statistics, take
 from sft.tasks import SINGLE_LABEL, TASKS, LabelError, Regression, Task
 from sft.train import fine_tune
 
@@ -94,6 +97,7 @@ def bootstrap(
     else:
         registry.finish_training(existing)
     if "verdict" not in existing.tags:
+        registry.describe(existing, first_story(registry, existing))
         registry.tag(
             existing, verdict_reason="the first version: nothing to compare with", verdict="first"
         )
@@ -101,6 +105,7 @@ def bootstrap(
         registry.move_champion(
             existing, by="bootstrap", why="the first version", now=datetime.now(UTC)
         )
+        show_in_prefect(registry)
     reference = registry.reference(existing)
     return Bootstrapped(existing.number, reference.accuracy, reference.n, tuple(notes))
 
@@ -111,7 +116,13 @@ def _labelled_pictures(
     """Read the data and settle which classes there are."""
     preprocessing = _preprocessing(settings)
     batch = describe_batch(data, settings.feed, Path.cwd())
-    read = read_batch(batch, settings.feed, Path.cwd(), preprocessing)
+    read = read_batch(
+        batch,
+        settings.feed,
+        Path.cwd(),
+        preprocessing,
+        in_memory_bytes=settings.memory.in_memory_bytes,
+    )
     notes = [f"{q.sample_id}: {q.reason}" for q in read.quarantined] + list(read.notes)
     given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
     if labels is not None:
@@ -151,7 +162,7 @@ def _labelled_pictures(
     return (
         LabelledPictures(
             tuple(ids),
-            torch.stack([read.pictures[place].pixels for place in kept]),
+            take(read.pixels, torch.tensor(kept)),
             task.rows([known[name] for name in ids], classes),
         ),
         classes,
@@ -185,22 +196,30 @@ def _make(
     )
     registry.log(run_id, params={**asdict(settings.bootstrap), **asdict(settings.model)})
     if adopt is None:
-        with Progress(transient=True) as progress:
-            bar = progress.add_task("training the first champion", total=settings.bootstrap.epochs)
+        bar = TrainingBar("training the first champion", len(train), settings.bootstrap.epochs)
+        with bar:
             tuned = fine_tune(
                 network,
                 train,
                 settings.bootstrap,
-                cache=ActivationCache(),
+                cache=ActivationCache(compute=settings.compute),
                 validation=(pictures.with_role(Role.VALIDATION),),
-                on_epoch=lambda _: progress.advance(bar),
+                on_epoch=bar.on_epoch,
+                on_batch=bar.on_batch,
+                compute=settings.compute,
             )
         network = tuned.network
         log_training(registry, run_id, tuned)
     network.eval()
     roles = [role_of(name) for name in pictures.sample_ids]
-    memory = remember(pictures, classes, roles, FIRST_REGIME, about, task).bounded(
-        rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
+    carried = settings.memory
+    memory = (
+        replace(
+            remember(pictures, classes, roles, FIRST_REGIME, about, task, encode=False),
+            in_memory_bytes=carried.in_memory_bytes,
+        )
+        .bounded(rehearsal=carried.rehearsal, holdout=carried.holdout)
+        .with_pictures(pictures)
     )
     labels = task.texts(pictures.labels, classes)
     learned = pd.DataFrame(
@@ -298,9 +317,8 @@ def _config(
             architecture, classes, preprocessing, settings.model.mean, settings.model.std, task
         )
     if architecture in BUILT_IN or (is_factory(architecture) and not settings.model.weights):
-        scaled = train.pixels.float().flatten(2) / 255.0
-        mean = scaled.mean(dim=(0, 2)).tolist()
-        std = scaled.std(dim=(0, 2)).clamp(min=1e-3).tolist()
+        mean, spread = channel_statistics(train.pixels)
+        std = [max(value, 1e-3) for value in spread]
     else:
         published = published_input(architecture)
         mean, std = list(published.mean), list(published.std)
@@ -328,7 +346,7 @@ def _key(settings: Settings, pictures: LabelledPictures, adopt: str | None) -> s
     stated = {
         "bootstrap": asdict(settings.bootstrap),
         "model": asdict(replace(settings.model, name="")),
-        "memory": asdict(settings.memory),
+        "memory": settings.memory.carried,
         "data": list(zip(pictures.sample_ids, pictures.labels.tolist(), strict=True)),
         "adopt": hashlib.sha256(Path(adopt).read_bytes()).hexdigest() if adopt else None,
     }

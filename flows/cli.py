@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import wraps
+from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec
 
@@ -169,7 +170,10 @@ def retrain(settings_file: Path, why: str) -> None:
     settings = _begin(settings_file)
     from flows.retrain import retrain as flow
 
-    console.print(flow(str(settings.path), cause=why).words, markup=False)
+    made = flow(str(settings.path), cause=why)
+    console.print(made.words, markup=False)
+    if made.worst:
+        console.print(f"worst classes: {made.worst}", markup=False)
 
 
 @main.command()
@@ -182,7 +186,8 @@ def promote(settings_file: Path, version: int | None, why: str | None) -> None:
     settings = _begin(settings_file)
     from flows.promote import promote as flow
 
-    console.print(flow(str(settings.path), version=version, why=why).words, markup=False)
+    done = flow(str(settings.path), version=version, why=why, who=getuser())
+    console.print(done.words, markup=False)
 
 
 @main.command()
@@ -195,7 +200,36 @@ def rollback(settings_file: Path, to: int | None, why: str) -> None:
     settings = _begin(settings_file)
     from flows.rollback import rollback as flow
 
-    console.print(flow(str(settings.path), to=to, why=why).words, markup=False)
+    done = flow(str(settings.path), to=to, why=why, who=getuser())
+    console.print(done.words, markup=False)
+
+
+@main.command()
+@settings_option
+@click.option("--at", help="Who was champion then: an ISO date or time, UTC without an offset.")
+@told_plainly
+def history(settings_file: Path, at: str | None) -> None:
+    """Show who was champion when, moved by whom, why, and instead of which version."""
+    settings = _begin(settings_file, needs_prefect=False)
+    from flows.history import champion_at, read_history, read_moment, unrecorded
+    from flows.registry import Registry
+
+    registry = Registry(settings)
+    tenures = read_history(registry)
+    if at is not None:
+        when = read_moment(at)
+        then = champion_at(tenures, when)
+        said = "there was no champion" if then is None else then.words
+        console.print(f"at {when:%Y-%m-%d %H:%M} UTC: {said}", markup=False, soft_wrap=True)
+        return
+    table = Table(title=f"champions of {registry.name}", title_justify="left")
+    for column in ("version", "since (UTC)", "until", "by", "instead of", "why"):
+        table.add_column(column)
+    for tenure in tenures:
+        _add_row(table, *tenure.cells)
+    console.print(table)
+    if words := unrecorded(registry, tenures):
+        console.print(words, markup=False)
 
 
 @main.command()

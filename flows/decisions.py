@@ -151,7 +151,10 @@ def _remade(
     `min_labels` new ones. None when there was no such version, or enough is new.
     """
     failed = [v for v in children if v.verdict is not None]
-    failed = [v for v in failed if v.rolled_back or v.verdict != Outcome.PROMOTE.value]
+    by_itself = settings.gate.approval == "auto"  # else what the gate let through waits
+    failed = [
+        v for v in failed if v.rolled_back or v.verdict != Outcome.PROMOTE.value or not by_itself
+    ]
     if not failed:
         return None
     # newest first: a label that was corrected counts as it was tried last
@@ -161,6 +164,8 @@ def _remade(
         return None
     last = failed[-1]
     became = "was rolled back" if last.rolled_back else f"got the verdict {last.verdict!r}"
+    if last.verdict == Outcome.PROMOTE.value and not last.rolled_back:
+        became = "waits for approval"
     return f"version {last.number}, which {became} ({new} labels are new since)"
 
 

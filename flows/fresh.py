@@ -178,7 +178,7 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "fresh": fresh.digest,
         "training": asdict(settings.training),
         "noise": asdict(settings.noise),
-        "memory": asdict(settings.memory),
+        "memory": settings.memory.carried,
         "classes": settings.model.classes,
     }
     return digest(stated)[:32]

@@ -8,19 +8,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from prefect import flow
 
-from flows.registry import CHALLENGER, CHAMPION, Registry, RegistryError, Version
+from flows.history import show_in_prefect
+from flows.registry import (
+    CHALLENGER,
+    CHAMPION,
+    ChampionMovedError,
+    Registry,
+    RegistryError,
+    Version,
+)
+from flows.scores import per_class, worst_classes
 from flows.settings import Settings, load_settings
+from flows.story import story
+from monitoring.features import number_text
 from sft.dataset import LabelledPictures, Role, join
 from sft.evaluate import Answers, answer
-from sft.gate import Outcome, Pair, Verdict, judge
+from sft.footprint import largest_change, latency_ratio, weight_bytes
+from sft.gate import Outcome, Pair, Serving, Verdict, judge
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import Preprocessing
+
+WAITING = "waiting"
+"""What became of a challenger that passed where a person has to approve it."""
+COMPARED, TIMED = 64, 8
+"""Pictures whose answers are compared with those before registering; and that are timed."""
+MAX_TAG = 4000
+"""Characters: MLflow takes 5,000 in a version's tag."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +62,26 @@ class Promoted:
 
 
 @flow(name="promote")
-def promote(settings_path: str, version: int | None = None, why: str | None = None) -> Promoted:
+def promote(
+    settings_path: str,
+    version: int | None = None,
+    why: str | None = None,
+    who: str = "",
+    *,
+    approved: bool = True,
+) -> Promoted:
     """Promote a version if the gate lets it, or because a person says why.
+
+    Where `[gate] approval` is manual, to run this is to approve the verdict on record. A verdict
+    against another champion than today's says nothing: the version is judged again, and waits.
 
     Args:
         settings_path: the model's TOML file.
         version: the version; by default the one with the alias `challenger`.
         why: a person's reason. With it a refused, inconclusive or rolled-back version is promoted
             too; it must still load.
+        who: the person who asks for it, for the record.
+        approved: false where no person asks for it.
 
     Raises:
         RegistryError: no such version, no challenger, or files that do not load.
@@ -57,7 +89,8 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
     settings = load_settings(Path(settings_path))
     registry = Registry(settings)
     now = datetime.now(UTC)
-    registry.observe_moves(now)
+    if registry.observe_moves(now) is not None:
+        show_in_prefect(registry)
     number = version if version is not None else registry.alias(CHALLENGER)
     if number is None:
         raise RegistryError(
@@ -69,10 +102,12 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")
-    if candidate.verdict is None or candidate.verdict_against != champion.number:
+    judged_now = candidate.verdict is None or candidate.verdict_against != champion.number
+    if judged_now:
         # never judged, or the champion moved since: a verdict holds only against one champion
         candidate = judge_version(registry, settings, candidate, champion)
-    outcome, reason = candidate.verdict or "", candidate.tags.get("verdict_reason", "")
+    outcome = candidate.verdict or ""
+    reason = _since_its_parent(candidate, champion) + candidate.tags.get("verdict_reason", "")
     if why is None and candidate.rolled_back:
         reason = (
             f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote it"
@@ -80,13 +115,44 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
         return Promoted(number, champion.number, False, "rolled back", reason)
     if why is None and outcome != Outcome.PROMOTE.value:
         return Promoted(number, champion.number, False, outcome, reason)
+    by_hand = settings.gate.approval == "manual"
+    if why is None and by_hand and (judged_now or not approved):
+        return _wait(registry, candidate, champion, reason)
     registry.network(candidate)  # it must load before anything moves
-    if registry.alias(CHAMPION) != champion.number:  # moved while the two were judged: judge again
-        return promote(settings_path, version=number, why=why)
-    registry.move_champion(
-        candidate, by="a person" if why else "the gate", why=why or reason, now=now
-    )
+    try:
+        registry.move_champion(
+            candidate,
+            by="a person" if why or by_hand else "the gate",
+            why=why or reason,
+            now=now,
+            who=who,
+            instead_of=champion.number,
+        )
+    except ChampionMovedError:  # while the two were judged: judge again
+        return promote(settings_path, version=number, why=why, who=who, approved=approved)
+    show_in_prefect(registry)
     return Promoted(number, champion.number, True, outcome, why or reason)
+
+
+def _since_its_parent(candidate: Version, champion: Version) -> str:
+    """Say that the champion which a version was tuned from serves no more; empty if it does."""
+    if candidate.parent in (None, champion.number):
+        return ""
+    return (
+        f"version {candidate.number} was tuned from version {candidate.parent}, which is champion"
+        f" no more, and was judged against version {champion.number}: "
+    )
+
+
+def _wait(registry: Registry, candidate: Version, champion: Version, reason: str) -> Promoted:
+    """Leave a challenger that passed under its alias until a person approves it."""
+    if registry.alias(CHALLENGER) != candidate.number:
+        registry.set_alias(CHALLENGER, candidate)
+    how = (
+        f"it passed and waits for approval: run `sustain promote --version {candidate.number}` or"
+        f" the deployment promote, or move the alias {CHAMPION!r} to it in MLflow's UI"
+    )
+    return Promoted(candidate.number, champion.number, False, WAITING, f"{reason}; {how}")
 
 
 def judge_version(
@@ -97,20 +163,60 @@ def judge_version(
     # by name, since two versions may order their classes differently, or know others
     classes = tuple(dict.fromkeys((*ours.config.classes, *theirs.config.classes)))
     fresh, old = holdouts(registry, candidate, champion, classes, ours.config.preprocessing)
-    on_fresh = Pair(_answer(theirs, fresh, classes), _answer(ours, fresh, classes))
-    on_old = Pair(_answer(theirs, old, classes), _answer(ours, old, classes))
+    told = _told(registry, candidate, champion) if settings.checks.slices else {}
+    pairs = {
+        name: Pair(
+            _answer(theirs, data, classes),
+            _answer(ours, data, classes),
+            {column: _values(data, told, column) for column in settings.checks.slices},
+        )
+        for name, data in (("fresh", fresh), ("old", old))
+    }
     verdict = judge(
-        on_fresh,
-        on_old,
+        pairs["fresh"],
+        pairs["old"],
         settings.gate,
         classes=classes,
         judged_before=_judged_before(registry, candidate, champion),
+        serving=_serving(registry, candidate, ours, theirs),
     )
-    pairs = {"fresh": on_fresh, "old": on_old}
     _log_scores(registry, candidate, champion, pairs, classes)
     _log_charts(registry, candidate, champion, pairs, fresh, classes)
     _record(registry, candidate, champion, verdict)
     return registry.version(candidate.number)
+
+
+def _serving(registry: Registry, candidate: Version, ours: Network, theirs: Network) -> Serving:
+    """Measure the candidate as it came back, on samples whose answers its reference has kept."""
+    kept = registry.reference(candidate).regimes[0].features
+    names = kept.sample_ids[:COMPARED]
+    pixels = registry.memory(candidate).pixels(names, ours.config.preprocessing)
+    found = [place for place, name in enumerate(names) if name in pixels]
+    pictures = torch.stack([pixels[names[place]] for place in found])
+    return Serving(
+        bytes=weight_bytes(ours),
+        latency_ratio=latency_ratio(ours, theirs, pictures[:TIMED]),
+        round_trip=largest_change(ours, pictures, kept.probabilities[found]),
+    )
+
+
+def _told(registry: Registry, candidate: Version, champion: Version) -> dict[str, dict[str, Any]]:
+    """Return sample id to the user's own columns, of all samples that either remembers."""
+    return {
+        name: about.get("metadata", {})
+        for version in (champion, candidate)
+        for memory in (registry.memory(version),)
+        for name, about in zip(
+            memory.table["sample_id"], memory.about(list(memory.table["sample_id"])), strict=True
+        )
+    }
+
+
+def _values(
+    data: LabelledPictures, told: Mapping[str, Mapping[str, Any]], column: str
+) -> tuple[str | None, ...]:
+    found = (told[name].get(column) for name in data.sample_ids)
+    return tuple(number_text(v) if isinstance(v, float) else v for v in found)
 
 
 def holdouts(
@@ -156,13 +262,12 @@ def _log_scores(
     pairs: Mapping[str, Pair],
     classes: Sequence[str],
 ) -> None:
-    """Put both versions' accuracy, by class too, and confusions or errors on the training run."""
+    """Put accuracy and confusions or errors on the training run, and a table by class."""
     scores = {
         name: {
             f"version {version.number}": {
                 "accuracy": answers.accuracy,
                 "score": float(answers.scores.mean()),
-                "per_class": answers.per_class(tuple(classes)),
                 **answers.details(classes),
             }
             for version, answers in ((champion, pair.champion), (candidate, pair.challenger))
@@ -172,6 +277,10 @@ def _log_scores(
     }
     text = json.dumps({"classes": classes, **scores}, indent=2)
     registry.log_text(candidate.run_id, text, f"scores-against-{champion.number}.json")
+    table = per_class(pairs, classes)
+    csv = table.to_csv(index=False).encode(errors="backslashreplace").decode()
+    registry.log_text(candidate.run_id, csv, f"per-class-against-{champion.number}.csv")
+    registry.tag(candidate, worst_classes=worst_classes(table)[:MAX_TAG])
 
 
 def _log_charts(
@@ -195,29 +304,26 @@ def _log_charts(
 
 
 def _judged_before(registry: Registry, candidate: Version, champion: Version) -> int:
-    """Count the challengers that this fresh hold-out has judged already, from the record."""
+    """Count the other challengers that were judged against this champion, from the record."""
     return sum(
-        v.verdict_against == champion.number and v.number != candidate.number
+        str(champion.number) in v.tags.get("judged_against", "").split(",")
         for v in registry.versions()
+        if v.number != candidate.number
     )
 
 
 def _record(registry: Registry, candidate: Version, champion: Version, verdict: Verdict) -> None:
     """Write the verdict on the version; the tag `verdict` comes last and makes it count."""
-    rows = [f"| {c.name} | {'yes' if c.passed else 'no'} | {c.words} |" for c in verdict.criteria]
-    table = "\n".join(["| criterion | holds | figures |", "|---|---|---|", *rows])
     registry.log_text(
         candidate.run_id,
         json.dumps(asdict(verdict), indent=2),
         f"verdict-against-{champion.number}.json",
     )
-    registry.describe(
-        candidate,
-        f"**{verdict.outcome.value}** against version {champion.number}\n\n{table}\n\n"
-        f"Cause: {candidate.tags.get('cause', 'unknown')}.",
-    )
+    registry.describe(candidate, story(registry, candidate, verdict, champion))
+    before = [one for one in candidate.tags.get("judged_against", "").split(",") if one]
     registry.tag(
         candidate,
+        judged_against=",".join(dict.fromkeys([*before, str(champion.number)])),
         verdict_reason=verdict.reason,
         verdict_against=str(champion.number),
         verdict=verdict.outcome.value,

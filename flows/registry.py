@@ -39,6 +39,8 @@ from sft.models import Network
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ROLLBACK = "rollback"
+MOVE = "sustain.move."
+"""Begins the tag of the model that a move of its champion leaves; the time follows."""
 LOADER = "sft.serving"
 PARTS = ("model", package.REFERENCE, package.MEMORY, package.LEARNED, package.LINEAGE)
 MANIFEST = "manifest.json"
@@ -49,6 +51,10 @@ NOT_OURS = "model/registered_model_meta"
 
 class RegistryError(RuntimeError):
     """The record does not allow what was asked; the message names the thing and the way out."""
+
+
+class ChampionMovedError(RegistryError):
+    """Somebody else moved the champion meanwhile, so that a verdict holds no more."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,16 @@ class CheckRecord:
 
 @dataclass(frozen=True)
 class Move:
-    """A change of champion; `promotes` is false for a rollback, and for an alias moved by hand."""
+    """A change of champion.
+
+    Attributes:
+        before, after: versions; None before the first.
+        by, who: what moved the alias, and the person who asked for it, if that is known.
+        why: the reason.
+        at: time, ISO 8601.
+        promotes: false for a rollback, and for an alias moved by hand.
+        seen: moved by hand; `at` is when it was seen.
+    """
 
     before: int | None
     after: int
@@ -129,6 +144,8 @@ class Move:
     why: str
     at: str
     promotes: bool = False
+    who: str = ""
+    seen: bool = False
 
 
 class Registry:
@@ -265,7 +282,8 @@ class Registry:
 
     def memory(self, version: Version) -> Memory:
         """Load a version's memory."""
-        return Memory.load(self.verified_folder(version) / package.MEMORY)
+        path = self.verified_folder(version) / package.MEMORY
+        return Memory.load(path, self.settings.memory.in_memory_bytes)
 
     def learned(self, version: Version) -> pd.DataFrame:
         """Return `sample_id, label, role` of all that the version and its parents used.
@@ -370,7 +388,22 @@ class Registry:
 
     # ---- the champion's moves
 
-    def move_champion(self, after: Version, *, by: str, why: str, now: datetime) -> Move:
+    def moves(self) -> list[Move]:
+        """List every move on record, oldest first."""
+        tags = self._model_tags()
+        found = [Move(**json.loads(text)) for key, text in tags.items() if key.startswith(MOVE)]
+        return sorted(found, key=lambda move: move.at)
+
+    def move_champion(
+        self,
+        after: Version,
+        *,
+        by: str,
+        why: str,
+        now: datetime,
+        who: str = "",
+        instead_of: int | None = None,
+    ) -> Move:
         """Move the alias: announce, move, complete.
 
         Killed in between, the next `observe_moves` completes the move or forgets the announcement.
@@ -380,6 +413,12 @@ class Registry:
             by: who moves it; ROLLBACK says that the version before is given up.
             why: the reason, for the record.
             now: the time, for the record.
+            who: the person who asked for it, for the record.
+            instead_of: the champion that it was judged against.
+
+        Raises:
+            ChampionMovedError: another version is champion than `instead_of`, or somebody else is
+                moving the alias right now.
         """
         seen = self._model_tags().get("sustain.champion_seen")
         before = self.alias(CHAMPION)
@@ -387,9 +426,14 @@ class Registry:
             # nobody's, or somebody else's: the one that is left is the last of ours that served
             before = int(seen) if seen and int(seen) != after.number else None
         at = now.isoformat(timespec="microseconds")
-        move = Move(before, after.number, by, why, at, promotes=by != ROLLBACK)
+        move = Move(before, after.number, by, why, at, promotes=by != ROLLBACK, who=who)
         announced = json.dumps(move.__dict__)
         self.client.set_registered_model_tag(self.name, "sustain.champion_moving", announced)
+        if instead_of is not None and (
+            self.alias(CHAMPION) != instead_of
+            or self._model_tags().get("sustain.champion_moving") != announced
+        ):  # what is announced is forgotten by whoever looks next
+            raise ChampionMovedError(f"version {instead_of} of {self.name!r} is champion no more")
         self.client.set_registered_model_alias(self.name, CHAMPION, str(after.number))
         self._complete(move)
         return move
@@ -421,6 +465,7 @@ class Registry:
                 by="a person",
                 why=f"the alias {CHAMPION!r} was moved by hand",
                 at=now.isoformat(timespec="microseconds"),
+                seen=True,
             )
             self._complete(by_hand)
             return by_hand
@@ -452,6 +497,8 @@ class Registry:
         if move.before != move.after or "promoted_at" not in after.tags:
             self.tag(after, promoted_by=move.by, promoted_why=move.why, promoted_at=move.at)
         self.end_challenge(after)
+        stamp = datetime.fromisoformat(move.at).astimezone(UTC).strftime("%Y-%m-%dT%H.%M.%S.%f")
+        self.client.set_registered_model_tag(self.name, MOVE + stamp, json.dumps(move.__dict__))
         self.client.set_registered_model_tag(self.name, "sustain.champion_seen", str(move.after))
         self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
 

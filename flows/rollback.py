@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from prefect import flow
 
+from flows.history import show_in_prefect
 from flows.notify import tell
 from flows.registry import ROLLBACK, Registry, RegistryError, Version
 from flows.settings import load_settings
@@ -32,13 +33,16 @@ class RolledBack:
 
 
 @flow(name="rollback")
-def rollback(settings_path: str, to: int | None = None, why: str = "no reason given") -> RolledBack:
+def rollback(
+    settings_path: str, to: int | None = None, why: str = "no reason given", who: str = ""
+) -> RolledBack:
     """Roll back: load-test the target, then move the alias.
 
     Args:
         settings_path: the model's TOML file.
         to: the version that shall serve; by default the one before the champion.
         why: the reason, for the record.
+        who: the person who asks for it, for the record.
 
     Raises:
         RegistryError: there is no such version, it was never judged, or it does not load; the alias
@@ -50,6 +54,7 @@ def rollback(settings_path: str, to: int | None = None, why: str = "no reason gi
     move = registry.observe_moves(now)
     if to is None and move is not None and move.by == ROLLBACK:
         # this command was killed after the alias had moved: one more step back would be too far
+        show_in_prefect(registry)
         return RolledBack(move.before, move.after, move.why)
     target = registry.version(to) if to is not None else _before(registry)
     if target.verdict is None:
@@ -62,7 +67,8 @@ def rollback(settings_path: str, to: int | None = None, why: str = "no reason gi
     network.embed(torch.zeros(2, channels, size, size, dtype=torch.uint8))
     if registry.alias("champion") == target.number:
         return RolledBack(None, target.number, "it was champion already")
-    move = registry.move_champion(target, by=ROLLBACK, why=why, now=now)
+    move = registry.move_champion(target, by=ROLLBACK, why=why, now=now, who=who)
+    show_in_prefect(registry)
     tell(registry, settings, now)
     return RolledBack(move.before, move.after, why)
 

@@ -25,6 +25,8 @@ from monitoring.sequential import StreamSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
+from sft.pixels import IN_MEMORY_BYTES
+from sft.speed import ComputeSettings
 from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
@@ -112,21 +114,37 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """How many old samples a version carries, as encoded pictures.
+    """How many old samples a version carries, as encoded pictures, and how much is decoded at once.
 
     Attributes:
         rehearsal: most samples kept to be rehearsed.
         holdout: most held-out samples kept for each regime; they are the old hold-out of the gate
             and the reference of the check.
+        in_memory_mb: a set of decoded pictures that is larger lies in a file in the system's folder
+            for temporary files (TMPDIR), and its pictures are read as they are needed. The results
+            are the same.
     """
 
     rehearsal: int = 2000
     holdout: int = 2000
+    in_memory_mb: int = IN_MEMORY_BYTES // 2**20
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
         if self.rehearsal < 1 or self.holdout < 1:
             raise ValueError("rehearsal and holdout must be at least 1")
+        if self.in_memory_mb < 0:
+            raise ValueError(f"in_memory_mb must not be negative, got {self.in_memory_mb}")
+
+    @property
+    def carried(self) -> dict[str, object]:
+        """What a version depends on."""
+        return {"rehearsal": self.rehearsal, "holdout": self.holdout}
+
+    @property
+    def in_memory_bytes(self) -> int:
+        """How large a decoded set may be in memory."""
+        return self.in_memory_mb * 2**20
 
 
 @dataclass(frozen=True)
@@ -214,7 +232,9 @@ class NotifySettings:
 
 
 def _bootstrap_training() -> TrainingSettings:
-    return TrainingSettings(epochs=30, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False)
+    return TrainingSettings(
+        epochs=30, batch_size=64, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False
+    )
 
 
 @dataclass(frozen=True)
@@ -231,6 +251,7 @@ class Settings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -272,6 +293,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": PolicySettings,
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,
+    "compute": ComputeSettings,
     "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,

@@ -16,6 +16,11 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def slug(name: str) -> str:
+    """Write a name as Prefect's keys have it: small letters, digits and dashes."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
 def count(things: Sized, noun: str) -> str:
     """Write "1 sample", "2 samples"."""
     return f"{len(things)} {noun}" + ("" if len(things) == 1 else "s")

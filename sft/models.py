@@ -99,9 +99,13 @@ class Network(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Uint8 pictures (n, C, H, W) to logits (n, classes)."""
-        scaled = (pixels.float() / 255.0 - self.mean) / self.std
-        logits = self.body(scaled.contiguous(memory_format=torch.channels_last))
-        return cast("Tensor", logits)
+        return cast("Tensor", self.body(self.scaled(pixels)))
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """Uint8 pictures (n, C, H, W) to what the body is given, float32, on its device."""
+        given = pixels.to(self.mean.device, non_blocking=True)
+        floats = given.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        return floats.div_(255.0).sub_(self.mean).div_(self.std)
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Uint8 pictures (n, C, H, W) to embeddings (n, d), averaged over places, and logits."""
@@ -126,7 +130,7 @@ class Network(nn.Module):
         try:
             with torch.inference_mode():
                 embedding, logits = self.features(pixels)
-                return embedding.float(), self.config.task.answers(logits.float())
+                return embedding.float().cpu(), self.config.task.answers(logits.float()).cpu()
         finally:
             self.train(was_training)
 

@@ -161,9 +161,11 @@ class Task(ABC):
             samples: (n,), of samples.
         """
 
-    def validation_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Give the mean loss without weights and smoothing, a scalar."""
-        return self.loss(outputs, self.targets(labels, outputs.shape[1]))
+    def validation_loss(
+        self, outputs: Tensor, labels: Tensor, samples: Tensor | None = None
+    ) -> Tensor:
+        """Give the mean loss without weights of classes and smoothing, a scalar."""
+        return self.loss(outputs, self.targets(labels, outputs.shape[1]), None, samples)
 
     @abstractmethod
     def divergence(self, learned: Tensor, taught: Tensor) -> Tensor:
@@ -302,8 +304,12 @@ class SingleLabel(Task):
         """Cross-entropy."""
         return soft_cross_entropy(outputs, targets, weights, samples)
 
-    def validation_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def validation_loss(
+        self, outputs: Tensor, labels: Tensor, samples: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy."""
+        if samples is not None:
+            return super().validation_loss(outputs, labels, samples)
         return functional.cross_entropy(outputs, labels)
 
     def divergence(self, learned: Tensor, taught: Tensor) -> Tensor:

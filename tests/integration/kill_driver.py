@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -23,7 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -478,7 +479,10 @@ def read_book(world: World) -> dict[str, Any]:
     return {
         "versions": {str(v.number): _version(registry, v) for v in versions},
         "aliases": {name: registry.alias(name) for name in (CHAMPION, CHALLENGER)},
-        "model tags": registry._model_tags(),
+        "model tags": {
+            k: v for k, v in registry._model_tags().items() if not k.startswith(flows.registry.MOVE)
+        },
+        "moves": [{**asdict(move), "at": "", "why": _plain(move.why)} for move in registry.moves()],
         "checks": [
             [
                 *(c.key.champion, c.key.batch_id, c.key.digest, c.finished, c.action, c.reason),
@@ -519,6 +523,11 @@ def _counted(runs: Any) -> dict[str, int]:
     return dict(sorted(Counter(keys).items()))
 
 
+def _plain(text: str) -> str:
+    """Leave out what differs from run to run: ids of runs, and CPU time."""
+    return re.sub(r"[0-9a-f]{32}|CPU time [\d.]+", "", text)
+
+
 def _version(registry: Registry, version: Any) -> dict[str, Any]:
     run = registry.client.get_run(version.run_id)
     folder = Path(run.info.artifact_uri.removeprefix("file://"))
@@ -526,11 +535,13 @@ def _version(registry: Registry, version: Any) -> dict[str, Any]:
     timed = ("promoted_at", "rolled_back_at")
     return {
         "tags": {
-            k: "" if k in timed else v for k, v in sorted(version.tags.items()) if k != "digest"
+            k: "" if k in timed else _plain(v)
+            for k, v in sorted(version.tags.items())
+            if k != "digest"
         },
         "rolled back": version.rolled_back,
         "status": found.status,
-        "description": found.description,
+        "description": _plain(found.description),
         "run": run.info.status,
         "is what was registered": {
             hashlib.sha256(manifest).hexdigest()

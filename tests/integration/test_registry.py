@@ -23,6 +23,7 @@ from flows.registry import (
     MANIFEST,
     PARTS,
     ROLLBACK,
+    ChampionMovedError,
     CheckKey,
     Registry,
     RegistryError,
@@ -311,6 +312,44 @@ def test_a_sideways_promotion_gives_nobody_up(
     assert not lost(registry)
     registry.move_champion(registry.version(2), by=ROLLBACK, why="worse", now=NOW)
     assert lost(registry) == [3]  # and back is a rollback, though they are siblings
+
+
+def test_a_verdict_against_a_champion_that_moved_moves_nothing(
+    registry: Registry, make: Callable[..., Version]
+) -> None:
+    """Of two that were judged against version 1 the first succeeds; the second is told so."""
+    first = make()
+    second, third = make(first), make(first)
+    promote(registry, first)
+    registry.move_champion(second, by="the gate", why="better", now=NOW, instead_of=1)
+    with pytest.raises(ChampionMovedError, match=r"version 1 of .* is champion no more"):
+        registry.move_champion(third, by="the gate", why="better", now=NOW, instead_of=1)
+    assert registry.alias(CHAMPION) == 2
+    assert registry.observe_moves(NOW) is None  # the announcement is forgotten
+    assert not registry.unobserved_move()
+    assert "promoted_at" not in registry.version(3).tags
+    assert registry.moves()[-1].after == 2
+
+
+def test_moves_of_the_same_champion_keep_their_order_and_reasons(
+    registry: Registry, make: Callable[..., Version]
+) -> None:
+    """There and back, and there again: each move stays, though the tags tell only the last."""
+    first = make()
+    second = make(first)
+    for hour, (version, by) in enumerate(
+        [(first, "bootstrap"), (second, "the gate"), (first, ROLLBACK), (second, "a person")]
+    ):
+        at = NOW + timedelta(hours=hour)
+        registry.move_champion(version, by=by, why=f"why {hour}", now=at, who="ada")
+    moves = again(registry).moves()
+    assert [(m.before, m.after, m.why, m.promotes) for m in moves] == [
+        (None, 1, "why 0", True),
+        (1, 2, "why 1", True),
+        (2, 1, "why 2", False),
+        (1, 2, "why 3", True),
+    ]
+    assert {m.who for m in moves} == {"ada"}
 
 
 def test_promoting_a_parent_gives_its_child_up(

@@ -32,7 +32,7 @@ def test_pictures_are_read_in_order(root: Path) -> None:
     assert list(data.samples["file_name"]) == ["0.png", "1.png", "2.png"]
     assert data.samples["sha256"].tolist() == digests(files.values())
     assert data.samples["label"].isna().all()
-    assert (data.pictures[2].pixels == decode(picture(2), SEEN).pixels).all()
+    assert (data.pixels[2] == decode(picture(2), SEEN).pixels).all()
     assert data.quarantined == ()
     assert data.notes == ("2 files that are no pictures were passed over: notes.txt, readme.md",)
 
@@ -156,7 +156,7 @@ def test_a_thousand_pictures_are_decoded_once_each(
     for i in range(1000):
         (root / f"feed/b/{i:04}.jpg").write_bytes(stored)
     (batch,) = list_batches(FeedSettings(), root)
-    assert len(read_batch(batch, FeedSettings(), root, SEEN).pictures) == 1000
+    assert len(read_batch(batch, FeedSettings(), root, SEEN).pixels) == 1000
     assert len(decoded) == 1000
 
 
@@ -365,5 +365,5 @@ def test_a_picture_that_many_rows_share_is_unpacked_for_a_few_at_a_time(
         return decode(*given, **options)
 
     monkeypatch.setattr(flows.intake, "decode", decode_and_weigh)
-    assert len(read(root).pictures) == 100
+    assert len(read(root).pixels) == 100
     assert 0 < peak < 2**22

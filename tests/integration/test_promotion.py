@@ -1,0 +1,113 @@
+"""Approval by a person, the story of a version, and the history of champions, by the real flows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from click.testing import CliRunner
+from prefect.artifacts import Artifact
+from worlds import World
+
+from flows.cli import main
+from flows.history import champion_at, read_history, unrecorded
+from flows.promote import promote
+from flows.registry import CHALLENGER, CHAMPION, Registry
+from flows.retrain import retrain
+from flows.rollback import rollback
+from flows.watch import make_plan
+
+
+def sustain(world: World, *arguments: str) -> str:
+    """Run a command in this process; return what it prints, in one line."""
+    command = [arguments[0], "-s", str(world.path), *arguments[1:]]
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_a_challenger_waits_for_a_person(small_world: Callable[[str], World]) -> None:
+    """It passes, and nothing moves until somebody approves; what it waits for is said.
+
+    A second one, of the same champion, is told to be of a champion that serves no more, and is
+    judged again rather than promoted on its old verdict.
+    """
+    world = small_world("manual")
+    world.path.write_text(world.path.read_text() + 'approval = "manual"\n')
+    world.arrive(0, labelled=True)
+    made = retrain(str(world.path))
+    assert (made.outcome, made.promoted) == ("waiting", False)
+    assert "run `sustain promote --version 2`" in made.reason
+    registry = Registry(world.settings)
+    assert registry.version(2).verdict == "promote"
+    assert (registry.alias(CHAMPION), registry.alias(CHALLENGER)) == (1, 2)
+    remade = make_plan(registry, world.settings, datetime.now(UTC)).decider.history.remade
+    assert remade == "version 2, which waits for approval (0 labels are new since)"
+    world.arrive(1, labelled=True)
+    assert (retrain(str(world.path)).version, registry.alias(CHALLENGER)) == (3, 3)
+    assert "version 2 was promoted" in sustain(world, "promote", "--version", "2")
+    assert registry.version(2).tags["promoted_by"] == "a person"
+    late = promote(str(world.path), version=3)
+    assert not late.promoted
+    assert late.reason.startswith(
+        "version 3 was tuned from version 1, which is champion no more, and was judged against"
+        " version 2: "
+    )
+    assert registry.version(3).verdict_against == 2
+    assert registry.version(3).tags["judged_against"] == "1,2"
+    assert registry.alias(CHAMPION) == 2
+
+
+def test_every_move_is_in_the_history_and_each_version_tells_its_story(
+    small_world: Callable[[str], World],
+) -> None:
+    """After a promotion, a rollback and a move by hand: who, when, why, instead of which."""
+    world = small_world("history")
+    (batch,) = world.arrive(0, labelled=True)
+    assert retrain(str(world.path), cause="drift in batch x", check="0" * 32).promoted
+    promoted = datetime.now(UTC)
+    rollback(str(world.path), why="worse | much", who="ada")
+    registry = Registry(world.settings)
+    registry.client.set_registered_model_alias(registry.name, CHAMPION, "2")
+    assert "is on version 2 now" in unrecorded(registry, read_history(registry))
+    promote(str(world.path), version=2)  # any flow sees it
+
+    history = read_history(registry)
+    assert [(t.version, t.before, t.by, t.seen) for t in history] == [
+        (1, None, "bootstrap", False),
+        (2, 1, "the gate", False),
+        (1, 2, "rollback (ada)", False),
+        (2, 1, "a person", True),
+    ]
+    assert [t.until for t in history] == [*(t.since for t in history[1:]), None]
+    assert unrecorded(registry, history) == ""
+    assert champion_at(history, history[0].since - timedelta(seconds=1)) is None
+    told = sustain(world, "history", "--at", promoted.isoformat())
+    assert "version 2 was champion, since" in told
+    assert "by the gate instead of version 1: fresh hold-out" in told
+    table = sustain(world, "history")
+    assert "rollback (ada)" in table
+    assert "(seen)" in table
+    shown = Artifact.get("champions-history")
+    assert shown is not None
+    assert "worse / much" in str(shown.data)
+    assert str(shown.data).count("| [2](") == 2
+
+    first, second = (
+        str(registry.client.get_model_version(registry.name, str(v.number)).description)
+        for v in registry.versions()
+    )
+    assert "**The first version**: bootstrap" in first
+    assert "**promote** against [version 1](" in second
+    assert "| within the budget | yes | CPU time " in second
+    assert "| answers as before it was registered | yes |" in second
+    assert "Tuned from [version 1](" in second
+    assert "drift in batch x. [Drift report](" in second
+    learned = registry.learned(registry.version(2)).head(100)
+    assert set(learned["sample_id"].str.split("/").str[0]) == {batch}
+    own = re.search(r"parents had not\*\*: (\d+), of which (\d+) are held out", second)
+    assert own is not None
+    assert own.groups() == ("100", str((learned["role"] == "holdout").sum()))
+    assert f"- batches: `{batch}` 100" in second
+    assert "[confusion matrices](" in second
