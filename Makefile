@@ -6,7 +6,8 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
-.PHONY: demo test test-fast lint format bench bench-cli bench-gate bench-monitoring clean
+.PHONY: demo test test-fast lint format bench bench-cli bench-gate bench-monitoring bench-month \
+	bench-sft clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
@@ -28,7 +29,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-cli bench-gate bench-monitoring  ## all benchmarks; each writes tests/bench/results/NAME.{json,md}
+bench: bench-cli bench-gate bench-monitoring bench-sft bench-month  ## each writes tests/bench/results/NAME.{json,md}
 
 bench-cli: $(INSTALLED)
 	$(BIN)/python tests/bench/cli.py
@@ -42,6 +43,14 @@ bench-monitoring: $(INSTALLED)  ## monitoring on real data beside its peers: som
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python tests/bench/bench_monitoring.py
+
+bench-month: $(INSTALLED)  ## a simulated month through the real flows: some 20 minutes
+	$(BIN)/python tests/bench/bench_month.py
+
+bench-sft: $(INSTALLED)  ## fine-tuning on real data beside its peers: some 40 CPU minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[bench]' --constraint constraints.txt
+	$(BIN)/python tests/bench/bench_sft.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -80,7 +80,7 @@ def _thumbnails(
         except FeedError:
             continue  # a list without a picture is still a list
         shown |= {
-            name: thumbnail(picture.pixels)
-            for name, picture in zip(read.samples["sample_id"], read.pictures, strict=True)
+            name: thumbnail(pixels)
+            for name, pixels in zip(read.samples["sample_id"], read.pixels, strict=True)
         }
     return shown

@@ -32,6 +32,7 @@ from flows.storage import (
 from flows.tables import Table, is_missing, label_text, no_column, parse_table
 from flows.words import count, first_few, first_line, tell_rows
 from sft.pictures import Preprocessing
+from sft.pixels import IN_MEMORY_BYTES
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -48,12 +49,13 @@ def read_batch(
     root: Path,
     preprocessing: Preprocessing,
     only: AbstractSet[str] | None = None,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
 ) -> BatchData:
     """Read and decode a batch; a bad sample is quarantined, and the rest goes on.
 
     A batch may mix pictures (a first sub-folder is their class, unless there is a metadata file)
-    and Parquet shards. Its folder is compared before and after: with what was listed, and with
-    itself.
+    and Parquet shards; where it is split into train, val and test, so may each of these. Its folder
+    is compared before and after: with what was listed, and with itself.
 
     Args:
         batch: from `list_batches`.
@@ -62,6 +64,7 @@ def read_batch(
         preprocessing: what the network wants to see.
         only: sample ids to read; others are neither read nor judged, and neither `max_bad_share`
             nor `min_samples` applies.
+        in_memory_bytes: decoded pictures beyond it lie in a file.
 
     Raises:
         BatchNotReady: empty, half-written, gone, or changed since it was listed or while it was
@@ -72,8 +75,8 @@ def read_batch(
     place = open_place(batch.url, settings.storage_options, root)
     entries = walk(place)
     current = check_ready(batch, settings, root, place, entries)
-    intake = Intake(current, settings, preprocessing, only)
-    _read_contents(place, visible(entries), settings, intake)
+    intake = Intake(current, settings, preprocessing, only, in_memory_bytes)
+    _read_contents(place, _named(current, entries), settings, intake)
     if describe(place, batch.id, walk(place)).stamp != current.stamp:
         raise BatchNotReady(
             f"batch {batch.id}: its folder changed while it was read; it is tried again next time "
@@ -94,18 +97,22 @@ def read_own_labels(batch: Batch, settings: FeedSettings, root: Path) -> dict[st
     if batch.files is not None and not any("/" in n or n in _METADATA for n in batch.files):
         return {}  # neither class folders nor metadata nor shards: the listing says it
     place = open_place(batch.url, settings.storage_options, root)
-    files = visible(walk(place))
+    files = _named(batch, walk(place))
     intake = Intake(batch, settings, Preprocessing(image_size=1), only=None)  # decodes nothing
-    contents = _sort_files(files, _read_metadata(place, files, settings, intake))
+    contents = _sort_files(batch, files, _read_metadata(place, files, settings, intake))
     samples = {name: sample for name, (sample, _) in contents.pictures.items()}
     for shard, entry in contents.shards.items():
-        for name, label in _read_shard_labels(place, shard, entry, settings):
+        for name, label in _read_shard_labels(place, shard, entry, settings, batch):
             samples[name] = intake.agree(samples.get(name) or Sample(name, None, {}), label)
     return {
         f"{batch.id}/{name}": sample.label
         for name, sample in samples.items()
         if sample.label is not None and not intake.is_disputed(name)
     }
+
+
+def _named(batch: Batch, entries: dict[str, Entry]) -> dict[str, Entry]:
+    return {batch.name_of(path): entry for path, entry in visible(entries).items()}
 
 
 # --- pictures
@@ -124,13 +131,15 @@ def _read_contents(
     place: Place, files: dict[str, Entry], settings: FeedSettings, intake: Intake
 ) -> None:
     metadata = _read_metadata(place, files, settings, intake)
-    contents = _sort_files(files, metadata)
-    unnamed = [name for name in contents.pictures if metadata and name not in metadata.samples]
-    if metadata and metadata.samples and unnamed:
-        intake.notes.append(
-            f"{count(unnamed, 'picture')} not named in {metadata.file}, so without its columns: "
-            f"{first_few(unnamed)}"
-        )
+    contents = _sort_files(intake.batch, files, metadata)
+    for split, table in metadata.items():
+        here = [name for name in contents.pictures if name.startswith(split)]
+        unnamed = [name for name in here if name not in table.samples]
+        if table.samples and unnamed:
+            intake.notes.append(
+                f"{count(unnamed, 'picture')} not named in {table.file}, so without its columns: "
+                f"{first_few(unnamed)}"
+            )
     wanted = []
     for name, (_, entry) in contents.pictures.items():
         if intake.wants(name):
@@ -150,20 +159,24 @@ def _read_contents(
         intake.notes.append(f"{count(others, 'file')} that {verb} passed over: {first_few(others)}")
 
 
-def _sort_files(files: dict[str, Entry], metadata: "_Metadata | None") -> _Contents:
+def _sort_files(
+    batch: Batch, files: dict[str, Entry], metadata: "dict[str, _Metadata]"
+) -> _Contents:
     contents = _Contents({}, {}, [])
-    named = {} if metadata is None else metadata.samples
+    named = {name: sample for table in metadata.values() for name, sample in table.samples.items()}
+    tables = {table.file for table in metadata.values()}
     for name, entry in files.items():
+        split = batch.split_of(name)
         suffix = PurePosixPath(name).suffix.lower()
         if name in named:
             contents.pictures[name] = (named[name], entry)
-        elif name in _METADATA:
+        elif name in _METADATA or name in tables:
             continue
         elif suffix == ".parquet":
             contents.shards[name] = entry
         elif suffix in PICTURE_SUFFIXES or is_linked_folder(entry):
-            folder, _, inner = name.partition("/")
-            label = folder if inner and metadata is None else None
+            folder, _, inner = name.removeprefix(split).partition("/")
+            label = folder if inner and not metadata.keys() & {"", split} else None
             contents.pictures[name] = (Sample(name, label, {}), entry)
         else:
             contents.others.append(name)
@@ -181,8 +194,19 @@ class _Metadata:
 
 def _read_metadata(
     place: Place, files: dict[str, Entry], settings: FeedSettings, intake: Intake
+) -> dict[str, _Metadata]:
+    """Read the metadata of a batch (under "") and of each of its splits, where there are any."""
+    found = {
+        split: _read_table(place, split, files, settings, intake)
+        for split in ("", *intake.batch.splits.values())
+    }
+    return {split: metadata for split, metadata in found.items() if metadata is not None}
+
+
+def _read_table(
+    place: Place, split: str, files: dict[str, Entry], settings: FeedSettings, intake: Intake
 ) -> _Metadata | None:
-    present = [name for name in _METADATA if name in files]
+    present = [split + name for name in _METADATA if split + name in files]
     if not present:
         return None
     file, *unused = present
@@ -233,7 +257,9 @@ def _find_named(given: str, file: str, files: dict[str, Entry], intake: Intake) 
     if _leaves(given):
         intake.reject(given, LEAVES)
         return None
-    names = posixpath.normpath(given), posixpath.normpath(given.replace("\\", "/"))
+    paths = posixpath.normpath(given), posixpath.normpath(given.replace("\\", "/"))
+    split = intake.batch.split_of(file)
+    names = [split + path if split else intake.batch.name_of(path) for path in paths]
     for name in names:
         if name in files:
             return name
@@ -269,14 +295,14 @@ def _read_shard(
 
 
 def _read_shard_labels(
-    place: Place, shard: str, entry: Entry, settings: FeedSettings
+    place: Place, shard: str, entry: Entry, settings: FeedSettings, batch: Batch
 ) -> list[tuple[str, str | None]]:
     column = settings.label_column
     try:
         with _open_shard(place, shard, entry, whole=False) as parquet:
             if not {"image", column} <= set(parquet.schema_arrow.names):
                 return []
-            names = [name for _, group in _row_names(parquet, shard) for name in group]
+            names = [name for _, group in _row_names(parquet, shard, batch) for name in group]
             labels = parquet.read(columns=[column]).column(0).to_pylist()
             return [(n, label_text(value)) for n, value in zip(names, labels, strict=True)]
     except Refused:
@@ -309,7 +335,7 @@ def _read_rows(parquet: Any, shard: str, settings: FeedSettings, intake: Intake)
                 f"too large: its row group {number} unpacks to {group.total_byte_size} bytes "
                 f"> {limit}; write smaller row groups, or raise max_bytes"
             )
-    for number, names in _row_names(parquet, shard):
+    for number, names in _row_names(parquet, shard, intake.batch):
         if not any(intake.wants(name) for name in names):
             continue
         # A value that many rows share is stored once (and counted once), but unpacked for each row.
@@ -321,22 +347,25 @@ def _read_rows(parquet: Any, shard: str, settings: FeedSettings, intake: Intake)
                 _take_row(next(unread), row, settings, intake)
 
 
-def _row_names(parquet: Any, shard: str) -> Iterator[tuple[int, list[str]]]:
+def _row_names(parquet: Any, shard: str, batch: Batch) -> Iterator[tuple[int, list[str]]]:
     """Yield each row group's number and the names of its samples."""
-    stem = str(PurePosixPath(shard).with_suffix(""))
+    stem, split = shard[: -len(".parquet")], batch.split_of(shard)
     first = 0
     for group in range(parquet.num_row_groups):
         given: list[Any] = [None] * parquet.metadata.row_group(group).num_rows
         if "file_name" in parquet.schema_arrow.names:
             given = parquet.read_row_group(group, columns=["file_name"]).column(0).to_pylist()
-        yield group, [_row_name(name, f"{stem}-{i}") for i, name in enumerate(given, start=first)]
+        yield (
+            group,
+            [_row_name(name, split, f"{stem}-{i}") for i, name in enumerate(given, start=first)],
+        )
         first += len(given)
 
 
-def _row_name(given: Any, otherwise: str) -> str:
+def _row_name(given: Any, split: str, otherwise: str) -> str:
     if is_missing(given):
         return otherwise
-    return str(given) if _leaves(str(given)) else posixpath.normpath(str(given))
+    return str(given) if _leaves(str(given)) else split + posixpath.normpath(str(given))
 
 
 def _take_row(name: str, row: dict[str, Any], settings: FeedSettings, intake: Intake) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from prefect import flow
-from rich.progress import Progress
 from scipy.stats import binomtest
 
 from flows.batches import read_batch
@@ -22,23 +21,25 @@ from flows.history import show_in_prefect
 from flows.intake import About
 from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
+from flows.progress import TrainingBar
 from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
 from flows.story import first_story
+from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import answer
 from sft.memory import remember
 from sft.models import (
     BUILT_IN,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ModelConfig,
     Network,
     build,
     is_factory,
+    published_input,
 )
 from sft.pictures import Preprocessing
+from sft.pixels import channel_statistics, take
 from sft.tasks import SINGLE_LABEL, TASKS, LabelError, Regression, Task
 from sft.train import fine_tune
 
@@ -115,12 +116,19 @@ def _labelled_pictures(
     """Read the data and settle which classes there are."""
     preprocessing = _preprocessing(settings)
     batch = describe_batch(data, settings.feed, Path.cwd())
-    read = read_batch(batch, settings.feed, Path.cwd(), preprocessing)
+    read = read_batch(
+        batch,
+        settings.feed,
+        Path.cwd(),
+        preprocessing,
+        in_memory_bytes=settings.memory.in_memory_bytes,
+    )
     notes = [f"{q.sample_id}: {q.reason}" for q in read.quarantined] + list(read.notes)
     given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
     if labels is not None:
         late = read_label_file(labels, Path.cwd())
-        given |= dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
+        names = map(read.batch.id_of, late.labels["sample_id"])
+        given |= dict(zip(names, late.labels["label"], strict=True))
         notes += late.problems
     known = {name: str(label) for name, label in given.items() if not pd.isna(label)}
     kept = [place for place, name in enumerate(read.samples["sample_id"]) if name in known]
@@ -154,7 +162,7 @@ def _labelled_pictures(
     return (
         LabelledPictures(
             tuple(ids),
-            torch.stack([read.pictures[place].pixels for place in kept]),
+            take(read.pixels, torch.tensor(kept)),
             task.rows([known[name] for name in ids], classes),
         ),
         classes,
@@ -181,28 +189,37 @@ def _make(
         )
     # an adopted model answers in the labels' own unit
     config = _config(settings, train, classes, task if adopt else task.fitted(train.labels))
+    network = _network(settings, config, adopt)
     run_id = registry.begin_training(
         f"bootstrap {settings.model.architecture}",
         {"sustain.retrain_key": key, "sustain.cause": "bootstrap"},
     )
     registry.log(run_id, params={**asdict(settings.bootstrap), **asdict(settings.model)})
-    network = _network(settings, config, adopt)
     if adopt is None:
-        with Progress(transient=True) as progress:
-            bar = progress.add_task("training the first champion", total=settings.bootstrap.epochs)
+        bar = TrainingBar("training the first champion", len(train), settings.bootstrap.epochs)
+        with bar:
             tuned = fine_tune(
                 network,
                 train,
                 settings.bootstrap,
+                cache=ActivationCache(compute=settings.compute),
                 validation=(pictures.with_role(Role.VALIDATION),),
-                on_epoch=lambda _: progress.advance(bar),
+                on_epoch=bar.on_epoch,
+                on_batch=bar.on_batch,
+                compute=settings.compute,
             )
         network = tuned.network
         log_training(registry, run_id, tuned)
     network.eval()
     roles = [role_of(name) for name in pictures.sample_ids]
-    memory = remember(pictures, classes, roles, FIRST_REGIME, about, task).bounded(
-        rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
+    carried = settings.memory
+    memory = (
+        replace(
+            remember(pictures, classes, roles, FIRST_REGIME, about, task, encode=False),
+            in_memory_bytes=carried.in_memory_bytes,
+        )
+        .bounded(rehearsal=carried.rehearsal, holdout=carried.holdout)
+        .with_pictures(pictures)
     )
     labels = task.texts(pictures.labels, classes)
     learned = pd.DataFrame(
@@ -266,11 +283,12 @@ def _preprocessing(settings: Settings) -> Preprocessing:
     model = settings.model
     if not model.architecture:
         raise BootstrapError(
-            "[model] architecture is missing: name a torchvision one (such as resnet18), small_cnn,"
-            " mlp, or your own package.module:function"
+            "[model] architecture is missing: name a torchvision one (such as resnet18), timm/NAME,"
+            " small_cnn, mlp, or your own package.module:function"
         )
-    small = model.architecture in BUILT_IN
-    size = model.image_size or (28 if small else 224)
+    size = model.image_size or (
+        28 if model.architecture in BUILT_IN else published_input(model.architecture).image_size
+    )
     return Preprocessing(
         image_size=size, resize_size=model.resize_size or size, channels=model.channels or 3
     )
@@ -299,11 +317,11 @@ def _config(
             architecture, classes, preprocessing, settings.model.mean, settings.model.std, task
         )
     if architecture in BUILT_IN or (is_factory(architecture) and not settings.model.weights):
-        scaled = train.pixels.float().flatten(2) / 255.0
-        mean = scaled.mean(dim=(0, 2)).tolist()
-        std = scaled.std(dim=(0, 2)).clamp(min=1e-3).tolist()
+        mean, spread = channel_statistics(train.pixels)
+        std = [max(value, 1e-3) for value in spread]
     else:
-        mean, std = list(IMAGENET_MEAN), list(IMAGENET_STD)
+        published = published_input(architecture)
+        mean, std = list(published.mean), list(published.std)
         if preprocessing.channels == 1:
             mean, std = [sum(mean) / 3], [sum(std) / 3]
     rounded = [tuple(round(value, 6) for value in values) for values in (mean, std)]
@@ -328,7 +346,7 @@ def _key(settings: Settings, pictures: LabelledPictures, adopt: str | None) -> s
     stated = {
         "bootstrap": asdict(settings.bootstrap),
         "model": asdict(replace(settings.model, name="")),
-        "memory": asdict(settings.memory),
+        "memory": settings.memory.carried,
         "data": list(zip(pictures.sample_ids, pictures.labels.tolist(), strict=True)),
         "adopt": hashlib.sha256(Path(adopt).read_bytes()).hexdigest() if adopt else None,
     }

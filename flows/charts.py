@@ -1,4 +1,4 @@
-"""Pictures beside a verdict: what was confused before and after, and what is still wrong."""
+"""Pictures beside a training and a verdict: losses, confusions, and what is still wrong."""
 
 from __future__ import annotations
 
@@ -9,16 +9,36 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from sft.evaluate import Answers, confusion
 from sft.gate import Pair
+from sft.pixels import Pixels
 from sft.tasks import SINGLE_LABEL, MultiLabel, Regression
+from sft.train import FineTuned
 
 MAX_CLASSES = 30
 """More names than this cannot be read beside a matrix."""
 SHOWN = 24
 COLUMNS = 8
+
+
+def draw_training(path: Path, tuned: FineTuned) -> None:
+    """Draw losses and learning rate by epoch, with the epoch marked whose weights were kept."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    numbers = [epoch.number for epoch in tuned.epochs]
+    losses.plot(numbers, [epoch.train_loss for epoch in tuned.epochs], label="training", marker=".")
+    if not all(np.isnan(epoch.validation_loss) for epoch in tuned.epochs):
+        validation = [epoch.validation_loss for epoch in tuned.epochs]
+        losses.plot(numbers, validation, label="validation", marker=".")
+    losses.axvline(tuned.best_epoch, ls="--", color="gray", label=f"kept: epoch {tuned.best_epoch}")
+    losses.set_ylabel("loss")
+    losses.set_title(tuned.stopped, fontsize=10, parse_math=False)
+    losses.legend()
+    rates.plot(numbers, [epoch.learning_rate for epoch in tuned.epochs], marker=".")
+    rates.set_ylabel("learning rate")
+    rates.set_xlabel("epoch")
+    figure.savefig(path, format="png", dpi=100)
 
 
 def draw_confusions(path: Path, pairs: Mapping[str, Pair], classes: Sequence[str]) -> None:
@@ -42,7 +62,7 @@ def draw_confusions(path: Path, pairs: Mapping[str, Pair], classes: Sequence[str
     figure.savefig(path, format="png", dpi=100)
 
 
-def draw_still_wrong(path: Path, pixels: Tensor, pair: Pair, classes: Sequence[str]) -> int:
+def draw_still_wrong(path: Path, pixels: Pixels, pair: Pair, classes: Sequence[str]) -> int:
     """Draw up to 24 samples that the challenger gets wrong; return how many.
 
     The surest come first; of other tasks than one class, those that were answered worst.
@@ -69,7 +89,7 @@ def draw_still_wrong(path: Path, pixels: Tensor, pair: Pair, classes: Sequence[s
     for axis in figure.subplots(rows, COLUMNS, squeeze=False).ravel():
         axis.axis("off")
     for axis, i, now, was in zip(figure.axes, wrong, said, truth, strict=False):
-        picture = pixels[i].permute(1, 2, 0).numpy()
+        picture = pixels[int(i)].permute(1, 2, 0).numpy()
         axis.imshow(picture.squeeze(), cmap="gray" if picture.shape[2] == 1 else None)
         # names are shown as they are: no mathtext in what a folder was called
         axis.set_title(f"{str(now)[:14]}\nnot {str(was)[:14]}", fontsize=8, parse_math=False)

@@ -42,6 +42,7 @@ from sft.dataset import Role, role_of
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import thumbnail
+from sft.pixels import take
 from sft.tasks import rightly
 
 POOLED = "pooled"
@@ -192,7 +193,8 @@ def check(
     run_id = registry.begin_check(key, stamp_of(batch, settings))
     try:
         preprocessing = against.network.config.preprocessing
-        read = read_batch(batch, settings.feed, settings.root, preprocessing)
+        bound = settings.memory.in_memory_bytes
+        read = read_batch(batch, settings.feed, settings.root, preprocessing, in_memory_bytes=bound)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
         return _fail(registry, batch, champion, run_id, str(error))
     places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in against.used]
@@ -430,7 +432,7 @@ def _features(network: Network, read: BatchData, places: Sequence[int]) -> Featu
     return see(
         network,
         tuple(read.samples["sample_id"].iloc[list(places)]),
-        torch.stack([read.pictures[i].pixels for i in places]),
+        take(read.pixels, torch.tensor(places)),
         sizes=[sizes[i] for i in places],
         metadata=read.metadata.iloc[list(places)].reset_index(drop=True),
     )
@@ -585,7 +587,7 @@ def _strays(
     return tuple(
         (
             stray.sample_id,
-            thumbnail(read.pictures[places[stray.sample_id]].pixels),
+            thumbnail(read.pixels[places[stray.sample_id]]),
             stray.nearest_id,
             thumbnail(known[stray.nearest_id]) if stray.nearest_id in known else b"",
             stray.distance,

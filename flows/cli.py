@@ -72,12 +72,17 @@ def main() -> None:
 @main.command()
 @click.argument("name")
 @settings_option
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Start from these settings, such as one of deployments/recipes/.",
+)
 @told_plainly
-def init(name: str, settings_file: Path) -> None:
+def init(name: str, settings_file: Path, recipe: Path | None) -> None:
     """Write commented settings for a model called NAME."""
     from flows.settings import write_template
 
-    write_template(settings_file, name)
+    write_template(settings_file, name, recipe)
     console.print(f"wrote {settings_file}; next: sustain bootstrap --data FOLDER")
 
 
@@ -165,7 +170,10 @@ def retrain(settings_file: Path, why: str) -> None:
     settings = _begin(settings_file)
     from flows.retrain import retrain as flow
 
-    console.print(flow(str(settings.path), cause=why).words, markup=False)
+    made = flow(str(settings.path), cause=why)
+    console.print(made.words, markup=False)
+    if made.worst:
+        console.print(f"worst classes: {made.worst}", markup=False)
 
 
 @main.command()

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 
+from monitoring.gallery import Shown, gallery
 from sft.dataset import LabelledPictures, Role, role_of
+from sft.evaluate import collect
 from sft.models import Network
-from sft.noise import OLD_SAMPLES, LabelVerdict, NoiseSettings, judge_labels, not_judged
+from sft.noise import (
+    OLD_SAMPLES,
+    LabelVerdict,
+    NoiseAction,
+    NoiseSettings,
+    judge_labels,
+    not_judged,
+)
+from sft.pictures import thumbnail
+from sft.pixels import CHUNK, Pixels
 from sft.tasks import SINGLE_LABEL
 
-FILE = "suspicious_labels.csv"
-CHUNK = 256
+FILE, PAGE = "suspicious_labels.csv", "suspicious_labels.html"
+MAX_SHOWN = 200
+"""Pictures on the page: some half a megabyte."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +38,7 @@ class Delivery:
         verdict: on all of them, the hold-out too: whether a person should look first.
         usable: those that may be learned from.
         doubt: on the usable ones alone: held-out labels must not choose what is learned.
-        believed: the usable ones that are learned from.
+        believed: the usable ones that are learned from, with how much each counts.
     """
 
     verdict: LabelVerdict
@@ -77,36 +88,66 @@ def judge_delivery(
         )
 
     doubt = judge(usable)
-    believed = [row for row, kept in zip(usable, doubt.believed(settings), strict=True) if kept]
+    weights = torch.from_numpy(doubt.weights(settings)).float()
+    believed = labelled.take(usable)
+    if settings.action is not NoiseAction.KEEP:
+        believed = replace(believed, weights=weights).take(weights.nonzero().flatten().tolist())
     return Delivery(
         verdict=judge(range(len(ids))),
         usable=labelled.take(usable),
         doubt=doubt,
-        believed=labelled.take(believed),
+        believed=believed,
     )
 
 
-def write_suspicious(
-    folder: Path, labelled: LabelledPictures, verdict: LabelVerdict, classes: Sequence[str]
-) -> None:
-    """Write `suspicious_labels.csv`, the most doubtful first; nothing where there are none."""
-    rows = np.flatnonzero(verdict.suspicious)
+def suspicious_files(
+    labelled: LabelledPictures,
+    verdict: LabelVerdict,
+    classes: Sequence[str],
+    *,
+    all_doubted: bool = False,
+) -> dict[str, str]:
+    """List suspicious labels, the most doubtful first, in a table and on a page with pictures.
+
+    Args:
+        labelled: the samples.
+        verdict: on their labels.
+        classes: names.
+        all_doubted: list every label that is doubted at all: of many wrong ones, none may have a
+            class that is surely more likely.
+
+    Returns:
+        File name to text; nothing where there is none to list.
+    """
+    rows = np.flatnonzero(verdict.doubt > 0 if all_doubted else verdict.suspicious)
     if not len(rows):
-        return
+        return {}
     rows = rows[np.argsort(-verdict.doubt[rows], kind="stable")]
-    pd.DataFrame(
-        {
-            "sample_id": [labelled.sample_ids[i] for i in rows],
-            "label": [classes[int(labelled.labels[i])] for i in rows],
-            "likely": [classes[int(verdict.likely[i])] for i in rows],
-            "doubt": verdict.doubt[rows].round(3),
-        }
-    ).to_csv(folder / FILE, index=False)
+    ids = [labelled.sample_ids[i] for i in rows]
+    given = [classes[int(labelled.labels[i])] for i in rows]
+    likely = [classes[int(verdict.likely[i])] for i in rows]
+    doubt = verdict.doubt[rows].round(3)
+    table = pd.DataFrame({"sample_id": ids, "label": given, "likely": likely, "doubt": doubt})
+    shown = []
+    for row, *told in zip(rows[:MAX_SHOWN], ids, given, likely, doubt, strict=False):
+        name, label, other, much = told
+        said = f"labelled {label}" + (f", likelier {other}" if other != label else "")
+        picture = thumbnail(labelled.pixels[int(row)])
+        shown.append(Shown(name, (said, f"doubt {much:.2f}"), picture))
+    words = (
+        f"{verdict.words}. The most doubtful come first. To correct labels, put a file with"
+        f" sample_id,label into the labels folder; {FILE} lists all of these."
+    )
+    heading = f"{len(rows)} labels that may be wrong"
+    return {
+        FILE: table.to_csv(index=False).encode(errors="backslashreplace").decode(),
+        PAGE: gallery("Suspicious labels", heading, words, shown),
+    }
 
 
 def see(
-    network: Network, pixels: torch.Tensor
+    network: Network, pixels: Pixels
 ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...]:
-    """Give embeddings (n, d) and probabilities (n, classes) of uint8 pictures (n, C, H, W)."""
-    seen = [network.embed(part) for part in pixels.split(CHUNK)]
-    return tuple(torch.cat(part).numpy() for part in zip(*seen, strict=True))
+    """Give embeddings (n, d) and probabilities (n, classes) of n pictures."""
+    passes = (network.embed(part) for part in pixels.split(CHUNK))
+    return tuple(table.numpy() for table in collect(passes, len(pixels)))

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import posixpath
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from flows.storage import (
     walk,
 )
 from flows.words import printable
+from sft.dataset import SPLIT_MARK, SPLITS, Role
 from sft.pictures import MAX_PIXELS
 
 
@@ -63,8 +65,9 @@ class Batch:
 
     `digest` is 32 hexadecimal digits over the sorted (path in the batch, size in bytes), `stamp`
     the same with modification times and etags; `arrived` is the newest modification time in UTC.
-    `files` are the paths in the batch; None when there are Parquet shards, whose samples only
-    reading them tells.
+    `files` are the names of its files, as sample ids have them; None when there are Parquet shards,
+    whose samples only reading them tells. `splits` is empty, or tells what each folder of a batch
+    stands for that its owner has split into train, val and test: `{"test": "test//", ...}`.
     """
 
     id: str
@@ -73,6 +76,7 @@ class Batch:
     stamp: str
     arrived: datetime | None
     files: frozenset[str] | None = field(default=None, repr=False, compare=False)
+    splits: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def holds(self, sample_id: str) -> bool:
         """Whether the batch has such a sample, as far as a listing can tell.
@@ -82,6 +86,21 @@ class Batch:
         """
         batch_id, _, name = sample_id.partition("/")
         return batch_id == self.id and (self.files is None or name in self.files)
+
+    def name_of(self, path: str) -> str:
+        """Name a file as sample ids have it: by its path, which a split's mark may divide."""
+        folder, _, inner = path.partition("/")
+        is_path = inner and not inner.startswith("/")  # not a name already
+        return self.splits[folder] + inner if is_path and folder in self.splits else path
+
+    def id_of(self, sample_id: str) -> str:
+        """Give the id of a sample that may have been called by its path in this batch."""
+        batch_id, slash, path = sample_id.partition("/")
+        return f"{self.id}/{self.name_of(path)}" if slash and batch_id == self.id else sample_id
+
+    def split_of(self, name: str) -> str:
+        """Return what a file's name begins with because it lies in a split; "" elsewhere."""
+        return next((head for head in self.splits.values() if name.startswith(head)), "")
 
 
 def list_batches(settings: FeedSettings, root: Path) -> list[Batch]:
@@ -145,14 +164,34 @@ def describe(place: Place, batch_id: str, entries: dict[str, Entry]) -> Batch:
         stamp.update(line + f"{entry.version}\0".encode())
     arrived = max((e.modified for e in files.values() if e.modified), default=None)
     shards = any(name.lower().endswith(".parquet") and name != "metadata.parquet" for name in files)
-    return Batch(
+    batch = Batch(
         id=batch_id,
         url=place.shown,
         digest=digest.hexdigest()[:32],
         stamp=stamp.hexdigest()[:32],
         arrived=arrived,
-        files=None if shards else frozenset(files),
+        splits=_splits(files),
     )
+    return batch if shards else replace(batch, files=frozenset(map(batch.name_of, files)))
+
+
+def _splits(paths: Iterable[str]) -> dict[str, str]:
+    """Tell what the folders of a batch stand for that its owner has split; {} for any other.
+
+    All its folders must be splits, `train` and one more among them: class folders may be called
+    `train` and `plane`. Without one for validation, `train` stands for it too, and without `test`
+    the one for validation does, since early stopping and the gate need samples of their own.
+    """
+    folders = {path.partition("/")[0] for path in paths if "/" in path}
+    if "train" not in folders or len(folders) == 1 or not folders <= SPLITS.keys():
+        return {}
+    roles = {SPLITS[folder] for folder in folders}
+    lacking = {}
+    if Role.VALIDATION not in roles:
+        lacking[Role.TRAIN] = "+val"
+    if Role.HOLDOUT not in roles:
+        lacking[Role.VALIDATION] = "+test"
+    return {name: name + lacking.get(SPLITS[name], "") + SPLIT_MARK for name in sorted(folders)}
 
 
 def check_ready(

@@ -93,9 +93,12 @@ def gather_labels(
             own_labels |= read_own_labels(batch, settings.feed, settings.root)
         except FeedError as error:  # one batch that cannot be read must not silence the others
             problems.append(str(error))
-    late_labels = dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
-    merged = {**own_labels, **late_labels}
     by_id = {batch.id: batch for batch in batches}
+    late_labels = {
+        found.id_of(name) if (found := by_id.get(name.split("/", 1)[0])) else name: label
+        for name, label in zip(late.labels["sample_id"], late.labels["label"], strict=True)
+    }
+    merged = {**own_labels, **late_labels}
     names = tuple(dict.fromkeys((*classes, *settings.model.classes)))
     written, odd = _written(merged.values(), names, task)
 
@@ -175,7 +178,7 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "fresh": fresh.digest,
         "training": asdict(settings.training),
         "noise": asdict(settings.noise),
-        "memory": asdict(settings.memory),
+        "memory": settings.memory.carried,
         "classes": settings.model.classes,
     }
     return digest(stated)[:32]

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import pandas as pd
+import torch
 
 from flows.feed import Batch, BatchNotReady, FeedSettings
 from flows.storage import FeedError
 from flows.words import count, first_few, printable
 from monitoring.features import tidy
-from sft.pictures import BadPicture, Picture, Preprocessing, decode
+from sft.pictures import BadPicture, Preprocessing, decode
+from sft.pixels import IN_MEMORY_BYTES, Pixels, PixelSink, take
 
 About: TypeAlias = dict[str, dict[str, Any]]
 """Sample id to what came with it: its `size` (width, height, channels), its `metadata`."""
@@ -37,13 +39,15 @@ class BatchData:
     """What a batch holds: n usable samples, and what was left out.
 
     `samples` has n rows: sample_id, file_name (path in the batch), label (str, or NA where none
-    came with the batch), sha256 of the encoded picture, then the user's own columns. `pictures` is
-    parallel to it.
+    came with the batch), sha256 of the encoded picture, then the user's own columns. Parallel to it
+    are `pixels`, uint8 (n, C, H, W), and `sizes`: width, height and channels of each picture as it
+    arrived.
     """
 
     batch: Batch
     samples: pd.DataFrame
-    pictures: list[Picture]
+    pixels: Pixels
+    sizes: list[tuple[int, int, int]]
     quarantined: tuple[Quarantined, ...]
     notes: tuple[str, ...]
 
@@ -51,11 +55,6 @@ class BatchData:
     def metadata(self) -> pd.DataFrame:
         """The user's own columns, n rows."""
         return tidy(self.samples.drop(columns=list(_OWN_COLUMNS)))
-
-    @property
-    def sizes(self) -> list[tuple[int, int, int]]:
-        """Width, height and channels of each picture as it arrived."""
-        return [(p.width, p.height, _channels(p.mode)) for p in self.pictures]
 
     @property
     def about(self) -> About:
@@ -81,6 +80,15 @@ class Sample:
     columns: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A sample whose picture was decoded as the `place`-th."""
+
+    sample: Sample
+    size: tuple[int, int, int]
+    place: int
+
+
 def _channels(mode: str) -> int:
     """Count the channels of a Pillow mode; a palette holds colours."""
     return 1 if mode.startswith("I") else _CHANNELS.get(mode, 3)
@@ -99,6 +107,7 @@ class Intake:
         settings: FeedSettings,
         preprocessing: Preprocessing,
         only: AbstractSet[str] | None,
+        in_memory_bytes: int = IN_MEMORY_BYTES,
     ) -> None:
         self.batch = batch
         self.notes: list[str] = []
@@ -106,7 +115,9 @@ class Intake:
         self._settings = settings
         self._preprocessing = preprocessing
         self._only = only
-        self._kept: dict[str, tuple[Sample, Picture]] = {}
+        size = preprocessing.image_size
+        self._pixels = PixelSink((preprocessing.channels, size, size), in_memory_bytes)
+        self._kept: dict[str, _Kept] = {}
         self._digests: dict[str, str] = {}
         self._bad: dict[tuple[str, str], None] = {}
         self._lost_shards: dict[str, int] = {}
@@ -138,16 +149,19 @@ class Intake:
             self._clashing[sample.name] = None
             return
         if sample.name in self._kept:
-            kept, picture = self._kept[sample.name]
+            kept = self._kept[sample.name]
             self.repeat(sample.name)
-            self._kept[sample.name] = (self.agree(kept, sample.label), picture)
+            agreed = self.agree(kept.sample, sample.label)
+            self._kept[sample.name] = replace(kept, sample=agreed)
             return
         try:
             picture = decode(encoded, self._preprocessing, max_pixels=self._settings.max_pixels)
         except BadPicture as bad:
             self.reject(sample.name, bad.reason)
         else:
-            self._kept[sample.name] = (sample, picture)
+            size = (picture.width, picture.height, _channels(picture.mode))
+            self._kept[sample.name] = _Kept(sample, size, len(self._pixels))
+            self._pixels.add(picture.pixels)
 
     def too_large(self, size: int) -> str | None:
         """Say why an encoded picture of so many bytes is not taken."""
@@ -185,11 +199,15 @@ class Intake:
         if self._only is None:
             self._judge(bad)
         kept = list(self._kept.values())
-        samples = self._frame([sample for sample, _ in kept])
+        samples = self._frame([one.sample for one in kept])
+        pixels, places = self._pixels.finish(), [one.place for one in kept]
+        if places != list(range(len(pixels))):
+            pixels = take(pixels, torch.tensor(places, dtype=torch.int64))
         return BatchData(
             batch=self.batch,
             samples=samples,
-            pictures=[picture for _, picture in kept],
+            pixels=pixels,
+            sizes=[one.size for one in kept],
             quarantined=tuple(
                 Quarantined(printable(f"{self.batch.id}/{name}"), reason) for name, reason in bad
             ),

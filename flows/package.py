@@ -16,6 +16,7 @@ from monitoring.reference import NO_LABEL, RIGHT, WRONG, Reference, Regime, boun
 from sft import models
 from sft.memory import Memory
 from sft.models import Network
+from sft.pixels import Pixels
 from sft.tasks import SINGLE_LABEL
 
 NETWORK, REFERENCE = "network", "reference"
@@ -108,7 +109,7 @@ def build_reference(
 def see(
     network: Network,
     sample_ids: Sequence[str],
-    pixels: torch.Tensor,
+    pixels: Pixels,
     *,
     sizes: Sequence[tuple[int, int, int]] | None = None,
     metadata: pd.DataFrame | None = None,

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-import torch
-
 from flows.batches import read_batch
 from flows.check import representative
 from flows.feed import Batch, BatchNotReady
@@ -77,8 +75,7 @@ def answer_with_before(
     texts = [told[name] for name in names]
     place = {name: i for i, name in enumerate(features.sample_ids)}
     answered = features.probabilities[[place[name] for name in names]]
-    pixels = torch.stack([picture.pixels for picture in read.pictures])
-    seen = see(network, names, pixels)
+    seen = see(network, names, read.pixels)
     now = rightly(ours.task, answered, texts, ours.classes).tolist()
     then = rightly(theirs.task, seen.probabilities, texts, theirs.classes).tolist()
     pairs = count_pairs(before.number, now, then)

@@ -23,6 +23,7 @@ from flows.registry import (
     RegistryError,
     Version,
 )
+from flows.scores import per_class, worst_classes
 from flows.settings import Settings, load_settings
 from flows.story import story
 from monitoring.features import number_text
@@ -38,6 +39,8 @@ WAITING = "waiting"
 """What became of a challenger that passed where a person has to approve it."""
 COMPARED, TIMED = 64, 8
 """Pictures whose answers are compared with those before registering; and that are timed."""
+MAX_TAG = 4000
+"""Characters: MLflow takes 5,000 in a version's tag."""
 
 
 @dataclass(frozen=True)
@@ -259,13 +262,12 @@ def _log_scores(
     pairs: Mapping[str, Pair],
     classes: Sequence[str],
 ) -> None:
-    """Put both versions' accuracy, by class too, and confusions or errors on the training run."""
+    """Put accuracy and confusions or errors on the training run, and a table by class."""
     scores = {
         name: {
             f"version {version.number}": {
                 "accuracy": answers.accuracy,
                 "score": float(answers.scores.mean()),
-                "per_class": answers.per_class(tuple(classes)),
                 **answers.details(classes),
             }
             for version, answers in ((champion, pair.champion), (candidate, pair.challenger))
@@ -275,6 +277,10 @@ def _log_scores(
     }
     text = json.dumps({"classes": classes, **scores}, indent=2)
     registry.log_text(candidate.run_id, text, f"scores-against-{champion.number}.json")
+    table = per_class(pairs, classes)
+    csv = table.to_csv(index=False).encode(errors="backslashreplace").decode()
+    registry.log_text(candidate.run_id, csv, f"per-class-against-{champion.number}.csv")
+    registry.tag(candidate, worst_classes=worst_classes(table)[:MAX_TAG])
 
 
 def _log_charts(

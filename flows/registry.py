@@ -282,7 +282,8 @@ class Registry:
 
     def memory(self, version: Version) -> Memory:
         """Load a version's memory."""
-        return Memory.load(self.verified_folder(version) / package.MEMORY)
+        path = self.verified_folder(version) / package.MEMORY
+        return Memory.load(path, self.settings.memory.in_memory_bytes)
 
     def learned(self, version: Version) -> pd.DataFrame:
         """Return `sample_id, label, role` of all that the version and its parents used.

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
-from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
 import torch
 from prefect import flow
-from rich.progress import Progress
 
 from flows.batches import read_batch
-from flows.doubt import judge_delivery, write_suspicious
+from flows.doubt import PAGE, judge_delivery, suspicious_files
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
 from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
+from flows.progress import TrainingBar
 from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
@@ -31,6 +30,8 @@ from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.memory import remember
 from sft.models import Network, widen
+from sft.noise import LabelVerdict
+from sft.pixels import PixelSink
 from sft.train import FineTuned, fine_tune
 
 
@@ -39,7 +40,14 @@ class RetrainError(ValueError):
 
 
 class LabelsRefusedError(RetrainError):
-    """The labels were read and cannot be learned from: the same ones would be refused again."""
+    """The labels were read and cannot be learned from: the same ones would be refused again.
+
+    `files` (name to text) show the suspicious ones.
+    """
+
+    def __init__(self, words: str, files: Mapping[str, str] | None = None) -> None:
+        super().__init__(words)
+        self.files = files or {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class Retrained:
     outcome: str
     reason: str
     made_now: bool
+    worst: str = ""
 
     @property
     def words(self) -> str:
@@ -97,7 +106,12 @@ def retrain(settings_path: str, cause: str = "asked for by a person", check: str
     result = promote(settings_path, version=version.number, approved=False)
     tell(registry, settings, datetime.now(UTC))
     return Retrained(
-        version.number, result.promoted, result.outcome, result.reason, made_now=made_now
+        version.number,
+        result.promoted,
+        result.outcome,
+        result.reason,
+        made_now=made_now,
+        worst=registry.version(version.number).tags.get("worst_classes", ""),
     )
 
 
@@ -144,9 +158,7 @@ def make_challenger(
     old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing, task)
     delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise)
     if delivery.verdict.stop:
-        raise LabelsRefusedError(
-            f"{delivery.verdict.words} (or raise max_wrong_share under [noise])"
-        )
+        raise _refused(registry, champion, labelled, delivery.verdict, classes)
     run_id = registry.begin_training(
         f"retrain v{champion.number}",
         {
@@ -163,19 +175,22 @@ def make_challenger(
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
     tuned = tune(network, champion_network, delivery.believed, old, old_validation, settings)
     log_training(registry, run_id, tuned)
-    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
-        write_suspicious(Path(name), delivery.usable, delivery.doubt, classes)
-        for path in sorted(Path(name).iterdir()):
-            registry.log_file(run_id, path)
-    registry.log(run_id, tags={"sustain.labels": delivery.verdict.words})
+    files = suspicious_files(delivery.usable, delivery.doubt, classes)
+    for name, text in files.items():
+        registry.log_text(run_id, text, name)
+    doubts = delivery.verdict.words + (f"; {PAGE} shows those to learn from" if files else "")
+    registry.log(run_id, tags={"sustain.labels": doubts})
 
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
-    window = remember(labelled, classes, roles, regime, about, task).extended(
-        remember(unlabelled, classes, [Role.HOLDOUT] * len(unlabelled), regime, about, task)
+    held = [Role.HOLDOUT] * len(unlabelled)
+    window = remember(labelled, classes, roles, regime, about, task, encode=False).extended(
+        remember(unlabelled, classes, held, regime, about, task, encode=False)
     )
-    carried = memory.extended(window).bounded(
-        rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
+    carried = (
+        memory.extended(window)
+        .bounded(rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout)
+        .with_pictures(labelled, unlabelled)
     )
     learned = pd.DataFrame(
         {
@@ -198,16 +213,36 @@ def make_challenger(
         lineage=Lineage(
             parent=champion.number,
             cause=cause,
-            settings={"training": asdict(settings.training), "memory": asdict(settings.memory)},
+            settings={"training": asdict(settings.training), "memory": settings.memory.carried},
             learned_digest=fresh.digest,
             code_version=installed_version("sustain"),
         ),
     )
-    tags = {"parent": str(champion.number), "cause": cause}
+    tags = {"parent": str(champion.number), "cause": cause, "labels": doubts}
     tags |= {"cause_check": check} if check else {}
     version = registry.register(made, key=key, run_id=run_id, tags=tags)
     registry.end_run(run_id)
     return version
+
+
+def _refused(
+    registry: Registry,
+    champion: Version,
+    labelled: LabelledPictures,
+    verdict: LabelVerdict,
+    classes: Sequence[str],
+) -> LabelsRefusedError:
+    """Put the suspicious labels of a refused delivery on a run of their own."""
+    files = suspicious_files(labelled, verdict, classes, all_doubted=True)
+    words = f"{verdict.words} (or raise max_wrong_share under [noise])"
+    if files:
+        run = f"refused labels v{champion.number}"
+        run_id = registry.begin_training(run, {"sustain.labels": verdict.words})
+        for name, text in files.items():
+            registry.log_text(run_id, text, name)
+        registry.end_run(run_id, failed=True)
+        words += f"; {PAGE} on the run {run!r} in MLflow shows them"
+    return LabelsRefusedError(words, files)
 
 
 def read_window(
@@ -229,8 +264,7 @@ def read_window(
         wanted[name.split("/", 1)[0]].add(name)
     rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
     known = set(registry.learned(champion)["sample_id"])
-    labelled: list[tuple[str, torch.Tensor, str | None]] = []
-    unlabelled: list[tuple[str, torch.Tensor, str | None]] = []
+    labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}
     for batch in reversed(batches):  # the newest first: the window is bounded
         whole = batch.id in rang and len(unlabelled) < settings.memory.holdout
@@ -239,24 +273,24 @@ def read_window(
         only = None if whole else wanted[batch.id]
         try:
             read = read_batch(
-                batch, settings.feed, settings.root, network.config.preprocessing, only=only
+                batch,
+                settings.feed,
+                settings.root,
+                network.config.preprocessing,
+                only=only,
+                in_memory_bytes=settings.memory.in_memory_bytes,
             )
         except FeedError as error:
             if batch.id not in wanted:
                 continue  # it would only have added to the reference
             raise RetrainError(f"the fresh labels of a batch cannot be used: {error}") from error
         about |= read.about
-        for name, picture in zip(read.samples["sample_id"], read.pictures, strict=True):
+        for name, pixels in zip(read.samples["sample_id"], read.pixels, strict=True):
             if name in label_of:
-                labelled.append((name, picture.pixels, label_of[name]))
-            elif name not in known:
-                unlabelled.append((name, picture.pixels, None))
-    some = unlabelled[: settings.memory.holdout]
-    return (
-        _set(sorted(labelled, key=itemgetter(0)), network),
-        _set(sorted(some, key=itemgetter(0)), network),
-        about,
-    )
+                labelled.add(name, pixels, label_of[name])
+            elif name not in known and len(unlabelled) < settings.memory.holdout:
+                unlabelled.add(name, pixels, None)
+    return labelled.sorted(), unlabelled.sorted(), about
 
 
 def tune(
@@ -268,22 +302,27 @@ def tune(
     settings: Settings,
 ) -> FineTuned:
     """Fine-tune with rehearsal; stop early on fresh and old validation data together."""
-    with Progress(transient=True) as progress:
-        bar = progress.add_task("fine-tuning", total=settings.training.epochs)
+    train = labelled.with_role(Role.TRAIN)
+    bar = TrainingBar("fine-tuning", len(train), settings.training.epochs)
+    with bar:
         return fine_tune(
             network,
-            labelled.with_role(Role.TRAIN),
+            train,
             settings.training,
             memory=old,
             anchor=champion,
-            cache=ActivationCache(),
+            cache=ActivationCache(compute=settings.compute),
+            compute=settings.compute,
             validation=(labelled.with_role(Role.VALIDATION), old_validation),
-            on_epoch=lambda _: progress.advance(bar),
+            on_epoch=bar.on_epoch,
+            on_batch=bar.on_batch,
         )
 
 
 def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
-    """Put the loss curves and the reason for stopping on the training run."""
+    """Put the loss curves, as figures and as a picture, and the reason for stopping on the run."""
+    from flows.charts import draw_training  # matplotlib takes a second
+
     for epoch in tuned.epochs:
         registry.log(
             run_id,
@@ -291,6 +330,7 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
                 "train.loss": epoch.train_loss,
                 "validation.loss": epoch.validation_loss,
                 "validation.accuracy": epoch.validation_accuracy,
+                "learning_rate": epoch.learning_rate,
             },
             step=epoch.number,
         )
@@ -299,16 +339,33 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
         metrics={"best_epoch": float(tuned.best_epoch), "interpolation.alpha": tuned.alpha},
         tags={"sustain.stopped": tuned.stopped, "sustain.corrected": "; ".join(tuned.notes)},
     )
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        path = Path(name) / "training.png"
+        draw_training(path, tuned)
+        registry.log_file(run_id, path)
 
 
-def _set(
-    samples: Sequence[tuple[str, torch.Tensor, str | None]], network: Network
-) -> LabelledPictures:
-    config = network.config
-    size, channels = config.preprocessing.image_size, config.preprocessing.channels
-    pixels = [pixels for _, pixels, _ in samples]
-    return LabelledPictures(
-        tuple(name for name, _, _ in samples),
-        torch.stack([torch.empty(channels, size, size, dtype=torch.uint8), *pixels])[1:],
-        config.task.rows([label for _, _, label in samples], config.classes),
-    )
+class _Window:
+    """Collects the samples of several batches."""
+
+    def __init__(self, network: Network, settings: Settings) -> None:
+        self._config = network.config
+        seen = self._config.preprocessing
+        shape = (seen.channels, seen.image_size, seen.image_size)
+        self._pixels = PixelSink(shape, settings.memory.in_memory_bytes)
+        self._names: list[str] = []
+        self._labels: list[str | None] = []
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, pixels: torch.Tensor, label: str | None) -> None:
+        self._names.append(name)
+        self._labels.append(label)
+        self._pixels.add(pixels)
+
+    def sorted(self) -> LabelledPictures:
+        """Give the samples by their ids, whatever the order of their batches."""
+        labels = self._config.task.rows(self._labels, self._config.classes)
+        data = LabelledPictures(tuple(self._names), self._pixels.finish(), labels)
+        return data.take(sorted(range(len(data)), key=self._names.__getitem__))

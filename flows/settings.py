@@ -25,6 +25,8 @@ from monitoring.sequential import StreamSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
+from sft.pixels import IN_MEMORY_BYTES
+from sft.speed import ComputeSettings
 from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
@@ -41,7 +43,7 @@ class ModelSettings:
 
     Attributes:
         name: the registered model's name in MLflow.
-        architecture: a torchvision name, `small_cnn`, `mlp`, or your own factory
+        architecture: a torchvision name, `timm/NAME`, `small_cnn`, `mlp`, or your own factory
             `package.module:function`, called as `function(num_classes=…)`.
         task: `single_label` (one class of several; what an unset one means at bootstrap),
             `multi_label` (any number of labels, written as names between `|`) or `regression`
@@ -49,14 +51,14 @@ class ModelSettings:
         tolerance: of a regression: the largest error that counts as right, in the labels' unit.
         regression_loss: of a regression: `mse` (at bootstrap, when unset) or `huber`.
         weights: where training starts at bootstrap: empty for random weights, the name of
-            torchvision's (`DEFAULT`), or a file.
+            torchvision's (`DEFAULT`, which is timm's too), or a file.
         classes: names of classes, labels or targets; classes and labels that the champion lacks
             widen its head at the next retraining.
         image_size, resize_size: pixels; the shorter side is resized to `resize_size` (`image_size`
             when 0), then the centre is cropped.
         channels: 1 or 3.
         mean, std: one value a channel, for pixels in [0, 1]; unset at bootstrap, ImageNet's for
-            torchvision's architectures, the training data's for the others.
+            torchvision's architectures, timm's own for timm's, the training data's for the others.
     """
 
     name: str = ""
@@ -112,21 +114,37 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """How many old samples a version carries, as encoded pictures.
+    """How many old samples a version carries, as encoded pictures, and how much is decoded at once.
 
     Attributes:
         rehearsal: most samples kept to be rehearsed.
         holdout: most held-out samples kept for each regime; they are the old hold-out of the gate
             and the reference of the check.
+        in_memory_mb: a set of decoded pictures that is larger lies in a file in the system's folder
+            for temporary files (TMPDIR), and its pictures are read as they are needed. The results
+            are the same.
     """
 
     rehearsal: int = 2000
     holdout: int = 2000
+    in_memory_mb: int = IN_MEMORY_BYTES // 2**20
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
         if self.rehearsal < 1 or self.holdout < 1:
             raise ValueError("rehearsal and holdout must be at least 1")
+        if self.in_memory_mb < 0:
+            raise ValueError(f"in_memory_mb must not be negative, got {self.in_memory_mb}")
+
+    @property
+    def carried(self) -> dict[str, object]:
+        """What a version depends on."""
+        return {"rehearsal": self.rehearsal, "holdout": self.holdout}
+
+    @property
+    def in_memory_bytes(self) -> int:
+        """How large a decoded set may be in memory."""
+        return self.in_memory_mb * 2**20
 
 
 @dataclass(frozen=True)
@@ -214,7 +232,9 @@ class NotifySettings:
 
 
 def _bootstrap_training() -> TrainingSettings:
-    return TrainingSettings(epochs=30, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False)
+    return TrainingSettings(
+        epochs=30, batch_size=64, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False
+    )
 
 
 @dataclass(frozen=True)
@@ -231,6 +251,7 @@ class Settings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -272,6 +293,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": PolicySettings,
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,
+    "compute": ComputeSettings,
     "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,
@@ -368,9 +390,21 @@ def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:
             )
 
 
-def write_template(path: Path, name: str) -> None:
-    """Write commented settings; raises SettingsError rather than overwriting a file."""
-    template = (Path(__file__).parent / "template.toml").read_text(encoding="utf-8")
+def write_template(path: Path, name: str, recipe: Path | None = None) -> None:
+    """Write commented settings: every key, or those of a recipe, whose `name = ""` gets the name.
+
+    Raises:
+        SettingsError: rather than overwriting a file, or when there is no such recipe.
+    """
+    source = recipe or Path(__file__).parent / "template.toml"
+    try:
+        template = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"there is no recipe at {source}: deployments/recipes/ of sustain's repository has some"
+        ) from error
+    if 'name = ""' not in template:
+        raise SettingsError(f'{source} is no recipe: it has no line `name = ""` to fill in')
     _build(path.name, "model", {"name": name})
     try:
         with path.open("x", encoding="utf-8") as file:

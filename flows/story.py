@@ -42,7 +42,7 @@ def story(registry: Registry, version: Version, verdict: Verdict, champion: Vers
             f"**{verdict.outcome.value}** against {_named(registry, champion.number)}",
             _table(verdict.criteria),
             _origin(registry, version),
-            _learned(registry, version),
+            f"{_learned(registry, version)}\n- judged: {version.tags.get('labels', 'no')}",
             " · ".join(links),
         ]
     )

@@ -20,7 +20,6 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
-from rich.progress import Progress
 
 from flows.ask import write_list
 from flows.check import (
@@ -47,6 +46,7 @@ from flows.fresh import (
 from flows.history import show_in_prefect
 from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
+from flows.progress import CheckBar
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import LabelsRefusedError, RetrainError, retrain
 from flows.rollback import rollback
@@ -220,6 +220,8 @@ def _act(
     except LabelsRefusedError as error:  # the same ones would be refused again: others are needed
         refused = Decision(Action.ASK_FOR_LABELS, f"{decision.reason} Nothing was trained: {error}")
         _record_decision(registry, standing.run_id, refused, plan.decider.name)
+        for name, text in error.files.items():
+            registry.log_text(standing.run_id, text, name)
         registry.log(standing.run_id, tags={UNTRAINABLE: plan.decider.attempt})
         return refused, ""
     except RetrainError as error:  # another watcher was faster, or labels went away
@@ -266,14 +268,17 @@ def check_all(
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
-    with Progress(transient=True) as progress:
-        for batch in progress.track(plan.pending, description="checking"):
+    bar = CheckBar(len(plan.pending))
+    with bar:
+        for batch in plan.pending:
             one = check.with_options(task_run_name=f"check {batch.id}")
             try:
                 done = one(registry, settings, against, batch, past, plan.decider)
             except FeedError as error:
+                bar.on_check(0)
                 unread.append(f"batch {batch.id} was not checked: {error}")
                 continue
+            bar.on_check(done.samples)
             checked.append(done)
             if done.samples:
                 past.append(registry.check_record(done.run_id))

@@ -57,6 +57,14 @@ class Embedder(Protocol):
         ...
 
 
+class Pictures(Protocol):
+    """Uint8 pictures (n, C, H, W): a tensor, or whatever reads a slice of them into one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureTable:
     """What one version of the model saw in n pictures.
@@ -412,7 +420,7 @@ def _noise(laplacian: Tensor) -> Tensor:
 def extract(
     model: Embedder,
     sample_ids: Sequence[str],
-    pixels: Tensor,
+    pixels: Pictures,
     sizes: Sequence[tuple[int, int, int]] | None = None,
     metadata: pd.DataFrame | None = None,
     batch_size: int = 256,

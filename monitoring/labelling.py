@@ -8,10 +8,8 @@ and only among the samples that may be trained on are some preferred.
 
 from __future__ import annotations
 
-import base64
 import csv
 import hashlib
-import html
 import io
 import math
 import unicodedata
@@ -22,6 +20,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from monitoring.features import FeatureTable, Kind, concatenate
+from monitoring.gallery import Shown, gallery
 from monitoring.reference import MIN_ROWS, ROWS_PER_DIMENSION, squared_distances, whiten
 
 if TYPE_CHECKING:
@@ -53,12 +52,6 @@ LEARN_REASON = "to learn from: stands for {} similar ones"
 RANDOM_REASON = "drawn at random, to judge on"
 
 _SAFE = "./"
-_PICTURES = {
-    b"\x89PNG\r\n\x1a\n": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF8": "image/gif",
-    b"RIFF": "image/webp",
-}
 
 
 @dataclass(frozen=True)
@@ -400,49 +393,17 @@ def _cell(text: str) -> str:
     return f"'{text}" if _runs(text) else text
 
 
-_STYLE = (
-    "body{font:15px system-ui,sans-serif;margin:2rem;color:#222;background:#fff}"
-    "ol{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:1rem;padding:0;"
-    "list-style:none}"
-    "li{border:1px solid #ccc;border-radius:.4rem;padding:.6rem;overflow-wrap:anywhere}"
-    "img{display:block;width:100%;height:9rem;object-fit:contain;background:#eee;"
-    "image-rendering:auto;margin-bottom:.5rem}"
-    "small{display:block;color:#555}"
-)
-
-
 def _page(requests: Sequence[Request], thumbnails: Mapping[str, bytes]) -> str:
     drawn = sum(request.reason == RANDOM_REASON for request in requests)
-    items = "\n".join(
-        _item(number, request, thumbnails.get(request.sample_id))
-        for number, request in enumerate(requests, start=1)
+    shown = []
+    for one in requests:
+        sure = "" if math.isnan(one.confidence) else f" ({one.confidence:.0%})"
+        words = f"predicted {one.predicted}{sure}, newer than {one.novelty:.0%} of the reference"
+        thumbnail = thumbnails.get(one.sample_id) or b""
+        shown.append(Shown(one.sample_id, (words, one.reason), thumbnail))
+    task = (
+        f"Fill in the column label of {CSV_NAME} (the numbers are the same) and put the file into"
+        f" the labels folder. {drawn} of them were drawn at random to judge models on: skip none of"
+        " those, or the judgement is about the easy ones only."
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>Labels worth asking for</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>{len(requests)} samples to label</h1>\n"
-        f"<p>Fill in the column <code>label</code> of {CSV_NAME} (the numbers are the same) and "
-        f"put the file into the labels folder. {drawn} of them were drawn at random to judge "
-        "models on: skip none of those, or the judgement is about the easy ones only.</p>\n"
-        f"<ol>\n{items}\n</ol></body></html>\n"
-    )
-
-
-def _item(number: int, request: Request, thumbnail: bytes | None) -> str:
-    picture = ""
-    if thumbnail and (kind := _kind(thumbnail)):
-        encoded = base64.b64encode(thumbnail).decode("ascii")
-        picture = f'<img alt="" src="data:{kind};base64,{encoded}">'
-    sure = "" if math.isnan(request.confidence) else f" ({request.confidence:.0%})"
-    return (
-        f"<li>{picture}<b>{number}</b> {html.escape(request.sample_id)}"
-        f"<small>predicted {html.escape(request.predicted)}{sure}, "
-        f"newer than {request.novelty:.0%} of the reference</small>"
-        f"<small>{html.escape(request.reason)}</small></li>"
-    )
-
-
-def _kind(content: bytes) -> str | None:
-    return next((kind for magic, kind in _PICTURES.items() if content.startswith(magic)), None)
+    return gallery("Labels worth asking for", f"{len(requests)} samples to label", task, shown)

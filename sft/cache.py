@@ -14,8 +14,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from sft.batchnorm import DomainNorm
 from sft.dataset import LabelledPictures
 from sft.models import Network
 from sft.modes import evaluating
+from sft.speed import ComputeSettings, fastest_way, frozen_pass
 from sft.strategies import Phase, Stage, activations, boundary, stages
 
 BATCH_SIZE = 64
@@ -34,6 +36,8 @@ BATCH_SIZE = 64
 LEAST_BATCH = 16
 """Fewer are filled up with copies: passes of 16 and more gave the same bits for a picture whatever
 came with it (small_cnn, ResNet-18, SqueezeNet), passes of 1 to 7 did not."""
+CHANGED_TOGETHER = 1024
+"""Pictures that are augmented at once."""
 MEMORY_BYTES = 2**30
 """For instance 10,000 pictures of 128 pixels in front of SqueezeNet's head (100 kB each), or half a
 million in front of ResNet-18's (2 kB)."""
@@ -79,6 +83,8 @@ class ActivationCache:
             that cannot be written is no error: the activations are computed again another time.
         max_folder_bytes: kept there.
         batch_size: pictures in a pass.
+        compute: how precisely; the frozen part is then run in the way that is fastest on this
+            machine. Without it, as the network itself would.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class ActivationCache:
         folder: Path | None = None,
         max_folder_bytes: int = FOLDER_BYTES,
         batch_size: int = BATCH_SIZE,
+        compute: ComputeSettings | None = None,
     ) -> None:
         for name, value in (("max_bytes", max_bytes), ("max_folder_bytes", max_folder_bytes)):
             if value < 0:
@@ -98,6 +105,7 @@ class ActivationCache:
         self.folder = folder
         self.max_folder_bytes = max_folder_bytes
         self.batch_size = batch_size
+        self.compute = compute
         self.bytes = 0
         self._rows: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
 
@@ -109,17 +117,25 @@ class ActivationCache:
         Raises:
             ValueError: the network has no such boundary, or it cannot be cut there.
         """
+        way = None if self.compute is None else fastest_way(network, at, self.compute)
         part = frozen_part_digest(network, at)
+        if way is not None:  # each rounds in its own way
+            part = hashlib.sha256(f"{part} {way}".encode()).hexdigest()
         samples = [_sample_digest(pixels) for pixels in pictures.pixels]
         found = {key: self._rows[part, key] for key in samples if (part, key) in self._rows}
         found |= self._read(part, set(samples) - found.keys())
         places = {key: place for place, key in enumerate(samples) if key not in found}
         if places:
-            missing = pictures.pixels[list(places.values())]
+            missing = torch.tensor(list(places.values()))
+            run = frozen_pass(network, at, way) if way is not None else None
+            run = run or partial(activations, network, at)
+            size, least = (
+                (self.batch_size, LEAST_BATCH) if way is None else (way.batch_size, way.batch_size)
+            )
             computed = [
                 row.clone()
-                for chunk in missing.split(self.batch_size)
-                for row in activations(network, at, _filled(chunk))[: len(chunk)]
+                for chosen in missing.split(size)
+                for row in run(_filled(pictures.pixels[chosen], least))[: len(chosen)].cpu()
             ]
             new = dict(zip(places, computed, strict=True))
             self._write(part, new)
@@ -127,7 +143,7 @@ class ActivationCache:
         self._keep(part, found)
         if not samples:
             return activations(network, at, _empty_picture(network))[:0]
-        return torch.stack([found[key] for key in samples])
+        return _stacked([found[key] for key in samples])
 
     def put(self, network: Network, at: str, pictures: LabelledPictures, known: Tensor) -> None:
         """Take activations (n, …) that were computed elsewhere, such as by a check of a batch."""
@@ -226,16 +242,20 @@ class Tail(Network):
         super().__init__(network.config, _replaced(network.body, played))
         self.at = at
         self.training = network.training
+        self.to(network.mean.device)
+        self.register_buffer("empty", self.scaled(_empty_picture(self)), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Cached activations (n, …) to logits (n, classes)."""
-        cached = pixels
+        cached = pixels.to(self.mean.device, non_blocking=True)
+        if not torch.is_autocast_enabled(cached.device.type):
+            cached = cached.float()
         if cached.ndim == 4:  # noqa: PLR2004 - pictures: in the order that the layers before leave
             cached = cached.contiguous(memory_format=torch.channels_last)
         module = self.get_submodule(self.at)
         hook = module.register_forward_pre_hook(lambda _, given: (cached, *given[1:]), prepend=True)
         try:
-            return super().forward(_empty_picture(self))
+            return cast("Tensor", self.body(self.empty))
         finally:
             hook.remove()
 
@@ -310,7 +330,11 @@ def cut(
         if change is None:
             return given(data)
         generator = torch.Generator().manual_seed(seed + number)
-        return given(replace(data, pixels=change(data, generator)))
+        changed = [
+            cache.get(network, tail.at, replace(part, pixels=change(part, generator)))
+            for part in data.split(CHANGED_TOGETHER)
+        ]
+        return replace(data, pixels=torch.cat(changed))
 
     pairs = tuple(
         (view(number, fresh), None if memory is None else view(number, memory))
@@ -378,8 +402,15 @@ def _empty_picture(network: Network) -> Tensor:
     )
 
 
-def _filled(pixels: Tensor) -> Tensor:
-    lacking = max(0, LEAST_BATCH - len(pixels))
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows; maps with their channels last, as the layers that follow want them."""
+    if rows[0].ndim != 3:  # noqa: PLR2004 - (C, H, W)
+        return torch.stack(list(rows))
+    return torch.stack([row.permute(1, 2, 0) for row in rows]).permute(0, 3, 1, 2)
+
+
+def _filled(pixels: Tensor, least: int) -> Tensor:
+    lacking = max(0, least - len(pixels))
     return torch.cat([pixels, pixels[-1:].expand(lacking, -1, -1, -1)]) if lacking else pixels
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,21 @@ from torch import Tensor
 from sft.dataset import LabelledPictures
 from sft.models import Network
 from sft.tasks import SINGLE_LABEL, Task
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How one class is answered; NaN where there is nothing to count.
+
+    Attributes:
+        support: samples of the class.
+        recall: share of them that is answered with the class.
+        precision: share of the answers with the class that are right.
+    """
+
+    support: int
+    recall: float
+    precision: float
 
 
 @dataclass(frozen=True)
@@ -48,11 +63,25 @@ class Answers:
         """Share of right answers; NaN for an empty set."""
         return float(self.right.mean()) if len(self.labels) else float("nan")
 
-    def per_class(self, classes: tuple[str, ...]) -> dict[str, float]:
-        """Accuracy (recall) of each class that occurs among the labels."""
-        members = {name: self.of_class(index) for index, name in enumerate(classes)}
-        right = self.right
-        return {name: float(right[rows].mean()) for name, rows in members.items() if rows.any()}
+    def per_class(self, classes: Sequence[str]) -> dict[str, ClassScore]:
+        """Score each class that occurs among labels or answers; nothing where there are none."""
+        counts = np.array(self.details(classes).get("confusion", []))
+        if not counts.size:
+            return {}
+        if counts.ndim == 2:  # noqa: PLR2004 - (true, answered)
+            given, answered, right = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+        else:  # (label, true, answered)
+            given, answered = counts[:, 1].sum(axis=1), counts[:, :, 1].sum(axis=1)
+            right = counts[:, 1, 1]
+        return {
+            name: ClassScore(
+                support=int(given[place]),
+                recall=_share(right[place], given[place]),
+                precision=_share(right[place], answered[place]),
+            )
+            for place, name in enumerate(classes)
+            if given[place] or answered[place]
+        }
 
     def of_class(self, index: int) -> NDArray[np.bool_]:
         """Which samples belong to a class, (n,)."""
@@ -69,15 +98,33 @@ class Answers:
 
 def answer(network: Network, data: LabelledPictures, *, batch_size: int = 256) -> Answers:
     """Let the network answer every sample, in the order of the set."""
-    chunks = [network.embed(pixels)[1] for pixels in data.pixels.split(batch_size)]
+    passes = (network.embed(pixels)[1:] for pixels in data.pixels.split(batch_size))
     width, task = len(network.config.classes), network.config.task
-    probabilities = torch.cat(chunks) if len(data) else torch.empty(0, width)
+    probabilities = torch.empty(0, width)
+    if len(data):
+        [probabilities] = collect(passes, len(data))
     return Answers(
         predicted=task.predicted(probabilities).numpy(),
         labels=data.labels.numpy(),
         probabilities=probabilities.numpy(),
         task=task,
     )
+
+
+def collect(passes: Iterable[Sequence[Tensor]], n: int) -> list[Tensor]:
+    """Put what each pass gives, (b, …), into tables float32 (n, …); no pass, no table.
+
+    A list of them would keep small tensors between the large ones of each pass, so that the C
+    library could not use that memory again: 1 MB a pass was seen.
+    """
+    tables: list[Tensor] = []
+    start = 0
+    for given in passes:
+        tables = tables or [torch.empty(n, *rows.shape[1:]) for rows in given]
+        for table, rows in zip(tables, given, strict=True):
+            table[start : start + len(rows)] = rows
+        start += len(given[0])
+    return tables
 
 
 def confusion(answers: Answers, classes: Sequence[str]) -> NDArray[np.int64]:
@@ -91,17 +138,27 @@ def confusion(answers: Answers, classes: Sequence[str]) -> NDArray[np.int64]:
 def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float, float]:
     """Give the task's loss and the accuracy, each set with the same weight.
 
-    Empty sets are left out; without any sample both are NaN. The network's mode stays as it is.
+    Within a set, samples count by their weights. Empty sets are left out; without any sample both
+    are NaN. The network's mode stays as it is.
     """
     losses, accuracies = [], []
     task = network.config.task
     with torch.inference_mode():
         for data in sets:
             if len(data):
-                logits = torch.cat([network(chunk) for chunk in data.pixels.split(256)])
-                losses.append(task.validation_loss(logits, data.labels).item())
-                right = task.right(task.predicted(task.answers(logits)), data.labels)
-                accuracies.append(right.float().mean().item())
+                passes = ([network(part).float().cpu()] for part in data.pixels.split(256))
+                [logits] = collect(passes, len(data))
+                losses.append(task.validation_loss(logits, data.labels, data.weights).item())
+                right = task.right(task.predicted(task.answers(logits)), data.labels).float()
+                accuracies.append(_mean(right, data.weights))
     if not losses:
         return math.nan, math.nan
     return sum(losses) / len(losses), sum(accuracies) / len(accuracies)
+
+
+def _share(part: int, whole: int) -> float:
+    return float(part / whole) if whole else math.nan
+
+
+def _mean(values: Tensor, weights: Tensor | None) -> float:
+    return (values.mean() if weights is None else (values * weights).sum() / weights.sum()).item()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from sft.dataset import LabelledPictures, Role
 from sft.pictures import Preprocessing, decode, encode_png
+from sft.pixels import IN_MEMORY_BYTES, PixelSink
 from sft.tasks import SINGLE_LABEL, Task
 
 COLUMNS = ("sample_id", "label", "role", "regime", "image", "about")
@@ -30,10 +31,12 @@ class Memory:
     Columns of `table`: `sample_id`; `label` (as people write it: a class name, or as the task has
     it; None for a reference sample whose label never came); `role` (train, validation or holdout);
     `regime` (the world it came from); `image` (PNG bytes); `about` (JSON: what came with the
-    picture, such as its size and the user's own columns; this module only carries it).
+    picture, such as its size and the user's own columns; this module only carries it). Decoded sets
+    larger than `in_memory_bytes` lie in a file.
     """
 
     table: pd.DataFrame
+    in_memory_bytes: int = IN_MEMORY_BYTES
 
     def __post_init__(self) -> None:
         """Refuse a table of another form."""
@@ -117,7 +120,7 @@ class Memory:
             for name in self.regimes
         ]
         kept = pd.concat(parts).sort_index()
-        return Memory(kept[list(COLUMNS)].reset_index(drop=True))
+        return replace(self, table=kept[list(COLUMNS)].reset_index(drop=True))
 
     def extended(self, more: Memory) -> Memory:
         """Return this memory with more samples.
@@ -134,21 +137,30 @@ class Memory:
             for name, regime in zip(more.table["sample_id"], more.table["regime"], strict=True)
         ]
         new = more.table.assign(regime=pd.Series(regimes, dtype="object"))
-        return Memory(pd.concat([old.table, new], ignore_index=True))
+        return replace(self, table=pd.concat([old.table, new], ignore_index=True))
 
     def without(self, sample_ids: Iterable[str]) -> Memory:
         """Return this memory without some samples."""
         kept = ~self.table["sample_id"].isin(list(sample_ids))
-        return Memory(self.table[kept].reset_index(drop=True))
+        return replace(self, table=self.table[kept].reset_index(drop=True))
+
+    def with_pictures(self, *sets: LabelledPictures) -> Memory:
+        """Encode the pictures that `remember` left out, of what is still remembered."""
+        places = {name: (data, i) for data in sets for i, name in enumerate(data.sample_ids)}
+        images = [
+            image if image is not None else _encoded(*places[name])
+            for name, image in zip(self.table["sample_id"], self.table["image"], strict=True)
+        ]
+        return replace(self, table=self.table.assign(image=pd.Series(images, dtype="object")))
 
     def save(self, path: Path) -> None:
         """Write Parquet."""
         self.table.to_parquet(path, index=False)
 
     @classmethod
-    def load(cls, path: Path) -> Memory:
+    def load(cls, path: Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> Memory:
         """Read what `save` wrote."""
-        return cls(pd.read_parquet(path)[list(COLUMNS)])
+        return cls(pd.read_parquet(path)[list(COLUMNS)], in_memory_bytes)
 
     def _decode(
         self,
@@ -159,14 +171,11 @@ class Memory:
     ) -> LabelledPictures:
         size, channels = preprocessing.image_size, preprocessing.channels
         seen = Preprocessing(image_size=size, resize_size=size, channels=channels)
-        pixels = [decode(image, seen).pixels for image in rows["image"]]
-        return LabelledPictures(
-            tuple(rows["sample_id"]),
-            torch.stack(pixels)
-            if pixels
-            else torch.empty(0, channels, size, size, dtype=torch.uint8),
-            task.rows(_texts(rows["label"]), classes),
-        )
+        sink = PixelSink((channels, size, size), self.in_memory_bytes)
+        for image in rows["image"]:
+            sink.add(decode(image, seen).pixels)
+        labels = task.rows(_texts(rows["label"]), classes)
+        return LabelledPictures(tuple(rows["sample_id"]), sink.finish(), labels)
 
 
 def remember(
@@ -176,6 +185,8 @@ def remember(
     regime: str,
     about: Mapping[str, Mapping[str, Any]] | None = None,
     task: Task = SINGLE_LABEL,
+    *,
+    encode: bool = True,
 ) -> Memory:
     """Make the memory of decoded samples, labelled or not.
 
@@ -186,9 +197,11 @@ def remember(
         regime: the world that they came from.
         about: sample id to what came with it, which JSON can hold.
         task: tells what labels mean.
+        encode: now; otherwise `Memory.with_pictures` does, once it is bounded.
     """
     about = about or {}
     labels = task.texts(data.labels, classes)
+    images = [encode_png(p) for p in data.pixels] if encode else [None] * len(data)
     return Memory(
         pd.DataFrame(
             {
@@ -196,13 +209,17 @@ def remember(
                 "label": pd.Series(labels, dtype="object"),
                 "role": pd.Series([role.value for role in roles], dtype="object"),
                 "regime": pd.Series([regime] * len(data), dtype="object"),
-                "image": pd.Series([encode_png(p) for p in data.pixels], dtype="object"),
+                "image": pd.Series(images, dtype="object"),
                 "about": pd.Series(
                     [json.dumps(about.get(name, {})) for name in data.sample_ids], dtype="object"
                 ),
             }
         )
     )
+
+
+def _encoded(data: LabelledPictures, place: int) -> bytes:
+    return encode_png(data.pixels[place])
 
 
 def _texts(labels: pd.Series) -> list[str | None]:

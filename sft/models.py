@@ -7,20 +7,23 @@ caller names it as allowed.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from sft.modes import evaluating
 from sft.pictures import Preprocessing
 from sft.tasks import SINGLE_LABEL, Task, from_json, to_json
 
@@ -28,6 +31,10 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_SIZE = 224
+TIMM = "timm/"
+LARGEST_TRIED = 1024
+"""Pictures beyond this are not tried when the least that a network takes is looked for."""
 
 
 class ModelError(ValueError):
@@ -39,7 +46,8 @@ class ModelConfig:
     """All that is needed, beside the weights, to rebuild a network and feed it.
 
     Attributes:
-        architecture: a torchvision name, `small_cnn`, `mlp`, or `package.module:function`.
+        architecture: a torchvision name, `timm/NAME`, `small_cnn`, `mlp`, or
+            `package.module:function`.
         classes: names in the order of the head's outputs: of classes, labels or targets.
         preprocessing: how a picture becomes a tensor.
         mean, std: per channel, on pixels scaled to [0, 1].
@@ -91,9 +99,13 @@ class Network(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Uint8 pictures (n, C, H, W) to logits (n, classes)."""
-        scaled = (pixels.float() / 255.0 - self.mean) / self.std
-        logits = self.body(scaled.contiguous(memory_format=torch.channels_last))
-        return cast("Tensor", logits)
+        return cast("Tensor", self.body(self.scaled(pixels)))
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """Uint8 pictures (n, C, H, W) to what the body is given, float32, on its device."""
+        given = pixels.to(self.mean.device, non_blocking=True)
+        floats = given.to(torch.float32, memory_format=torch.channels_last, copy=True)
+        return floats.div_(255.0).sub_(self.mean).div_(self.std)
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Uint8 pictures (n, C, H, W) to embeddings (n, d), averaged over places, and logits."""
@@ -118,7 +130,7 @@ class Network(nn.Module):
         try:
             with torch.inference_mode():
                 embedding, logits = self.features(pixels)
-                return embedding.float(), self.config.task.answers(logits.float())
+                return embedding.float().cpu(), self.config.task.answers(logits.float()).cpu()
         finally:
             self.train(was_training)
 
@@ -177,16 +189,30 @@ def build(
     Args:
         config: what to build.
         weights: None for random ones; the path of a state dict (`.safetensors`, or `.pt`/`.pth`,
-            read without running code); else the name of torchvision's weights, such as `DEFAULT`.
+            read without running code); else the name of torchvision's weights, such as `DEFAULT`,
+            which is timm's only one: its tags are part of an architecture's name.
         keep_head: take the head from the weights too (adopting a finished model) instead of
             replacing it.
         allowed_factories: `package.module:function` names that may be imported and called.
         seed: for the random weights.
 
     Raises:
-        ModelError: an unknown architecture, a factory that is not allowed, or weights that do not
-            fit (the first mismatches are listed).
+        ModelError: an unknown architecture, a factory that is not allowed, weights that do not fit
+            (the first mismatches are listed), or pictures that are too small for the network.
     """
+    network = _built(config, weights, allowed_factories, keep_head=keep_head, seed=seed)
+    _refuse_small_pictures(network)
+    return network
+
+
+def _built(
+    config: ModelConfig,
+    weights: str | Path | None,
+    allowed_factories: Collection[str],
+    *,
+    keep_head: bool,
+    seed: int,
+) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if weights is None:
@@ -322,6 +348,30 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
+@dataclass(frozen=True)
+class PublishedInput:
+    """What an architecture's published weights were trained on: pixels, and a value a channel."""
+
+    image_size: int = IMAGENET_SIZE
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+def published_input(architecture: str) -> PublishedInput:
+    """Tell what to feed an architecture of torchvision's, or by its data configuration of timm's.
+
+    Raises:
+        ModelError: timm is not installed, or has no such model.
+    """
+    if not architecture.startswith(TIMM):
+        return PublishedInput()
+    timm = _import_timm(architecture)
+    known = timm.data.resolve_data_config(
+        pretrained_cfg=timm.get_pretrained_cfg(architecture.removeprefix(TIMM)).to_dict()
+    )
+    return PublishedInput(known["input_size"][-1], tuple(known["mean"]), tuple(known["std"]))
+
+
 def architectures() -> list[str]:
     """Name every architecture that can be built: the two built in, then torchvision's."""
     from torchvision import models
@@ -336,6 +386,8 @@ def _body(
     allowed_factories: Collection[str],
 ) -> nn.Module:
     name = config.architecture
+    if name.startswith(TIMM):
+        return _timm_body(config, outputs, weights)
     if is_factory(name):
         if weights is not None:
             raise ModelError(f"{name} is your own factory: give its weights as a file, not by name")
@@ -352,13 +404,9 @@ def _torchvision_body(config: ModelConfig, outputs: int | None, weights: str | N
 
     name = config.architecture
     if name not in models.list_models(module=models):
-        import difflib
-
-        near = difflib.get_close_matches(name, architectures(), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ModelError(
-            f"unknown architecture {name!r}: give a torchvision classification name, small_cnn,"
-            f" mlp, or package.module:function{hint}"
+            f"unknown architecture {name!r}: give a torchvision classification name, timm/NAME,"
+            f" small_cnn, mlp, or package.module:function{_did_you_mean(name, architectures())}"
         )
     if config.preprocessing.channels != 3:  # noqa: PLR2004 - RGB
         raise ModelError(f"{name} takes pictures of 3 channels: set channels = 3")
@@ -386,15 +434,134 @@ def _torchvision_body(config: ModelConfig, outputs: int | None, weights: str | N
         raise ModelError(
             f"{name} cannot be built for pictures of {size} pixels: {error}"
         ) from error
+    except OSError as error:
+        raise _not_fetched(name, error) from error
+    return _as_loaded(body)
+
+
+def _as_loaded(body: nn.Module) -> nn.Module:
+    """Take off a torchvision network what its state dict would not bring back."""
     # torchvision sets this only when it fetches the weights itself, and a state dict does not hold
     # it: left alone, the network would answer otherwise once it was saved and loaded
     if hasattr(body, "transform_input"):
-        body.transform_input = True
+        setattr(body, "transform_input", True)  # noqa: B010 - as below
     for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's training heads
         if getattr(body, auxiliary, None) is not None:
             setattr(body, auxiliary, None)
-            body.aux_logits = False
+            setattr(body, "aux_logits", False)  # noqa: B010 - torch types every attribute as a module
+    return body
+
+
+def _timm_body(config: ModelConfig, outputs: int | None, weights: str | None) -> nn.Module:
+    timm = _import_timm(config.architecture)
+    name = config.architecture.removeprefix(TIMM)
+    seen = config.preprocessing
+    if weights not in (None, "DEFAULT"):
+        tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+        raise ModelError(
+            f"{config.architecture} has no weights called {weights!r}: give DEFAULT, a file, or one"
+            f" of timm's as the architecture ({tags}) with DEFAULT"
+        )
+    published = timm.get_pretrained_cfg(name)
+    asked: dict[str, Any] = {"in_chans": seen.channels, "pretrained": weights is not None}
+    if published.fixed_input_size:
+        asked["img_size"] = seen.image_size
+    if weights is None:
+        asked["num_classes"] = outputs
+    try:
+        body = timm.create_model(name, **asked)
+    except Exception as error:  # timm, and the hub's client, raise nearly everything
+        if weights is not None:
+            raise _not_fetched(config.architecture, error) from error
+        raise ModelError(
+            f"{config.architecture} cannot be built for pictures of {seen.image_size} pixels and"
+            f" {seen.channels} channels: {error}"
+        ) from error
+    classifier, last = body.get_classifier(), _head(body)[1]
+    inside = set(classifier.modules()) if isinstance(classifier, nn.Module) else set()
+    heads = [
+        layer
+        for place, layer in body.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and _outputs(layer) == _outputs(last)
+        and (layer in inside or "head" in place)
+    ]
+    if heads != [last] or last not in inside:
+        raise ModelError(
+            f"{config.architecture} answers by several heads, or by one that is not its last linear"
+            " layer: take another architecture, or wrap it in a factory of your own"
+        )
     return cast("nn.Module", body)
+
+
+def _import_timm(architecture: str) -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError(
+            f"{architecture} needs timm, which is not installed: pip install 'sustain[timm]'"
+        ) from error
+    name = architecture.removeprefix(TIMM)
+    if not timm.is_model(name):
+        near = _did_you_mean(name, timm.list_models())
+        raise ModelError(f"timm has no model called {name!r}{near}")
+    return timm
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def _not_fetched(architecture: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"the published weights of {architecture} cannot be fetched ({error}): check the network,"
+        " or give them as a file"
+    )
+
+
+def _refuse_small_pictures(network: Network) -> None:
+    """Try one picture of the network's own size; if it fails, say the least that would pass."""
+    size = network.config.preprocessing.image_size
+    error = _fails(network, size)
+    if error is None:
+        return
+    too_small, enough = size, 2 * size
+    while enough <= LARGEST_TRIED and _fails(network, enough):
+        too_small, enough = enough, 2 * enough
+    if enough > LARGEST_TRIED:
+        raise ModelError(
+            f"{network.config.architecture} cannot take pictures of {size} pixels:"
+            f" {str(error) or type(error).__name__}"
+        ) from error
+    while enough - too_small > 1:
+        middle = (too_small + enough) // 2
+        if _fails(network, middle):
+            too_small = middle
+        else:
+            enough = middle
+    raise ModelError(
+        f"{network.config.architecture} takes pictures of at least {enough} pixels, but image_size"
+        f" is {size}: set image_size = {enough} or more under [model]"
+    ) from error
+
+
+def _fails(network: Network, size: int) -> Exception | None:
+    """Pass one picture through; first its shape alone, since a network may compute for long."""
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    shape = (1, network.config.preprocessing.channels, size, size)
+    with evaluating(network), torch.no_grad():
+        try:
+            given = torch.zeros(shape, dtype=torch.uint8, device="meta")
+            shapes = {key: value.to("meta") for key, value in state.items()}
+            # with ties, a layer that occurs twice would not get its own weights back
+            functional_call(network, shapes, (given,), tie_weights=False)
+        except Exception:  # noqa: BLE001 - also where a layer looks at numbers, not only at shapes
+            try:
+                network(torch.zeros(shape, dtype=torch.uint8))
+            except Exception as error:  # noqa: BLE001 - torch has no kind of error for shapes
+                return error
+    return None
 
 
 def _call_factory(name: str, outputs: int, allowed: Collection[str]) -> nn.Module:

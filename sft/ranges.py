@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 
@@ -30,5 +31,5 @@ def _require(
 ) -> None:
     for name in names:
         value = getattr(settings, name)
-        if not allowed(value):  # NaN is in no range
-            raise ValueError(f"{name} {words}, got {value}")
+        if not allowed(value) or value == math.inf:  # NaN is in no range
+            raise ValueError(f"{name} {words}{', nor infinite' * (value == math.inf)}, got {value}")

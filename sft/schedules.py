@@ -69,10 +69,11 @@ class RateSettings:
 
 def make_optimiser(groups: list[dict[str, Any]], settings: RateSettings) -> Optimizer:
     """Make the optimiser for groups that carry a rate each (`lr`)."""
+    decay = settings.weight_decay
     if settings.optimiser is Optimiser.SGD:
-        return SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        return SGD(groups, momentum=settings.momentum, weight_decay=decay, fused=True)
     kind = AdamW if settings.optimiser is Optimiser.ADAMW else Adam
-    return kind(groups, weight_decay=settings.weight_decay)
+    return kind(groups, weight_decay=decay, fused=True)
 
 
 def make_schedule(

@@ -122,6 +122,11 @@ class Task(ABC):
             return ""
         return "all samples have the same label: nothing can be learned from them"
 
+    def outside(self, labels: Tensor, outputs: int) -> str:
+        """Say which labels no output stands for; empty when each one has its own."""
+        del labels, outputs
+        return ""
+
     @abstractmethod
     def counts(self, labels: Tensor, outputs: int) -> Tensor:
         """Count the samples of each class, int64 (classes,)."""
@@ -156,9 +161,11 @@ class Task(ABC):
             samples: (n,), of samples.
         """
 
-    def validation_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Give the mean loss without weights and smoothing, a scalar."""
-        return self.loss(outputs, self.targets(labels, outputs.shape[1]))
+    def validation_loss(
+        self, outputs: Tensor, labels: Tensor, samples: Tensor | None = None
+    ) -> Tensor:
+        """Give the mean loss without weights of classes and smoothing, a scalar."""
+        return self.loss(outputs, self.targets(labels, outputs.shape[1]), None, samples)
 
     @abstractmethod
     def divergence(self, learned: Tensor, taught: Tensor) -> Tensor:
@@ -261,6 +268,16 @@ class SingleLabel(Task):
             return ""
         return "the labels are of one class only: nothing can be learned from them"
 
+    def outside(self, labels: Tensor, outputs: int) -> str:
+        """Labels are places among the outputs; at this point none is missing."""
+        odd = sorted({*labels.tolist()}.difference(range(outputs)))
+        if not odd:
+            return ""
+        return (
+            f"labels are places among the {outputs} classes of the network, 0 to {outputs - 1},"
+            f" but there are others: {odd[:5]}"
+        )
+
     def counts(self, labels: Tensor, outputs: int) -> Tensor:
         """Count the samples of each class."""
         return torch.bincount(labels, minlength=outputs)
@@ -287,8 +304,12 @@ class SingleLabel(Task):
         """Cross-entropy."""
         return soft_cross_entropy(outputs, targets, weights, samples)
 
-    def validation_loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def validation_loss(
+        self, outputs: Tensor, labels: Tensor, samples: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy."""
+        if samples is not None:
+            return super().validation_loss(outputs, labels, samples)
         return functional.cross_entropy(outputs, labels)
 
     def divergence(self, learned: Tensor, taught: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ name = "{name}"
 architecture = "small_cnn"
 channels = 1
 
-
 [bootstrap]
 epochs = 40
 

@@ -128,7 +128,9 @@ def digits_network(width: int = 64, without: int | None = None, seed: int = 0) -
     tuned = fine_tune(
         network,
         learned.take(range(cut)),
-        TrainingSettings(epochs=30, rehearsal=0, l2_sp=0, freeze_batch_norm=False, seed=seed),
+        TrainingSettings(
+            epochs=30, batch_size=64, rehearsal=0, l2_sp=0, freeze_batch_norm=False, seed=seed
+        ),
         validation=(learned.take(range(cut, len(rows))),),
     )
     CACHE.mkdir(exist_ok=True)

@@ -239,6 +239,18 @@ def test_a_delivery_of_wrong_labels_goes_to_a_person(small_world: Callable[[str]
     assert "let a person look at the labels" in watched.decision.reason
     registry = Registry(world.settings)
     assert [version.number for version in registry.versions()] == [1]
+    assert "suspicious_labels.html on the run" in watched.decision.reason
+    (asked,) = registry.checks(1)
+    shown = {f.path for f in registry.client.list_artifacts(asked.run_id)}
+    assert {"suspicious_labels.csv", "suspicious_labels.html"} < shown
     assert make_plan(registry, world.settings, datetime.now(UTC)).idle
     label(world, "wrong", optical[:300])  # corrected
+    text = world.path.read_text() + "\n[memory]\nin_memory_mb = 0\n"
+    world.path.write_text(text)
     assert "version 2" in watch(str(world.path)).done
+    second = registry.version(2)
+    shown = {f.path for f in registry.client.list_artifacts(second.run_id)}
+    beside = {f"{name}-against-1" for name in ("confusion", "per-class", "still-wrong")}
+    assert {"training", *beside} <= {path.partition(".")[0] for path in shown}
+    assert "hold-out: " in second.tags["worst_classes"]
+    assert "labels are suspicious" in second.tags["labels"]

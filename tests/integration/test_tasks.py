@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from worlds import make_world
 
+from flows.bootstrap import BootstrapError, bootstrap
 from flows.registry import Registry
 from flows.watch import watch
 
@@ -31,6 +33,7 @@ REGRESSION = 'task = "regression"\ntolerance = 1.5\nclasses = ["digit"]\n'
         ("attributes", MULTI_LABEL, attributes, "labels"),
         ("value", REGRESSION, str, "values"),
     ],
+    ids=["several labels", "numbers"],
 )
 def test_a_task_goes_through_the_whole_loop(
     tmp_path: Path,
@@ -53,9 +56,9 @@ def test_a_task_goes_through_the_whole_loop(
     (checked,) = watch(str(world.path)).checked
     assert checked.alarm
     assert checked.action == "ask_for_labels"
-    (batch,) = world.arrive(1, labelled=True, label=label)
+    batches = world.arrive(1, 2, labelled=True, label=label)
     watched = watch(str(world.path))
-    assert watched.settled[batch] < first - 0.1
+    assert all(watched.settled[batch] < first - 0.1 for batch in batches)
     assert watched.decision.action == "retrain"
     assert registry.alias("champion") == 2, watched.done
     second = registry.version(2)
@@ -71,3 +74,32 @@ def test_a_task_goes_through_the_whole_loop(
     pictures = np.zeros((2, 28, 28), dtype=np.uint8)
     answers = loaded.predict(pictures)
     assert len(answers[column]) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ('task = "regression"', "a regression needs tolerance"),
+        (
+            'task = "regression"\ntolerance = 1',
+            "15 labels .* cannot be used: 'cat' .* not a number",
+        ),
+        (
+            'task = "multi_label"\nclasses = ["cat"]',
+            "15 labels .* cannot be used: 'dog' .* none of",
+        ),
+    ],
+)
+def test_bootstrap_names_labels_that_the_task_cannot_have(
+    tmp_path: Path, prefect_server: str, model: str, message: str
+) -> None:
+    """No tolerance, names in place of numbers, a label that is not among the classes."""
+    del prefect_server
+    for place in range(30):
+        folder = tmp_path / "data" / ("cat" if place % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), place).save(folder / f"{place}.png")
+    path = tmp_path / "sustain.toml"
+    path.write_text(f'[model]\nname = "m"\narchitecture = "mlp"\nchannels = 1\n{model}\n')
+    with pytest.raises(BootstrapError, match=message):
+        bootstrap(str(path), data=str(tmp_path / "data"))

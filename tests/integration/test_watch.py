@@ -21,6 +21,7 @@ from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.settings import load_settings
 from flows.watch import make_plan, watch
+from sft.models import ModelError
 
 if TYPE_CHECKING:
     from worlds import World
@@ -265,6 +266,18 @@ def test_bootstrap_says_what_is_missing(tmp_path: Path, prefect_server: str) -> 
         (data / "dog" / f"{i}.png").unlink()
     (data / "cat" / "extra").mkdir()
     with pytest.raises(BootstrapError, match="to hold out"):
+        bootstrap(str(path), data=str(data))
+    (data / "eel").mkdir()  # a class with one sample
+    shutil.copyfile(data / "cat" / "0.png", data / "eel" / "0.png")
+    for i in range(5, 30):
+        shutil.copyfile(data / "cat" / f"{i}.png", data / "dog" / f"{i}.png")
+    path.write_text('[model]\nname = "m"\narchitecture = "mlp"\n[bootstrap]\nepochs = 1\n')
+    assert bootstrap(str(path), data=str(data)).version == 1
+    path.write_text('[model]\nname = "n"\narchitecture = "mlp"\nclasses = ["cat", "dog"]\n')
+    with pytest.raises(BootstrapError, match=r"classes does not name: \['eel'\]"):
+        bootstrap(str(path), data=str(data))
+    path.write_text('[model]\nname = "n"\narchitecture = "squeezenet1_1"\nimage_size = 8\n')
+    with pytest.raises(ModelError, match=r"squeezenet1_1 takes pictures of at least 17 pixels"):
         bootstrap(str(path), data=str(data))
     flat = tmp_path / "flat"
     flat.mkdir()

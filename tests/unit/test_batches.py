@@ -17,6 +17,7 @@ import flows.batches
 import flows.intake
 from flows.batches import read_batch, read_own_labels
 from flows.feed import FeedSettings, list_batches
+from sft.dataset import role_of
 from sft.pictures import decode
 
 # --- pictures and class folders
@@ -31,7 +32,7 @@ def test_pictures_are_read_in_order(root: Path) -> None:
     assert list(data.samples["file_name"]) == ["0.png", "1.png", "2.png"]
     assert data.samples["sha256"].tolist() == digests(files.values())
     assert data.samples["label"].isna().all()
-    assert (data.pictures[2].pixels == decode(picture(2), SEEN).pixels).all()
+    assert (data.pixels[2] == decode(picture(2), SEEN).pixels).all()
     assert data.quarantined == ()
     assert data.notes == ("2 files that are no pictures were passed over: notes.txt, readme.md",)
 
@@ -47,6 +48,82 @@ def test_class_folders_are_labels(root: Path) -> None:
     assert given == {f"b/{name}/x[1].png": name for name in odd} | {"b/NA/deep/er.png": "NA"}
     (batch,) = list_batches(LENIENT, root)
     assert read_own_labels(batch, LENIENT, root) == given
+
+
+def test_splits_hold_class_folders(root: Path) -> None:
+    """In a batch that its owner has split, classes lie one level deeper, and ids name the split."""
+    splits = ["train/cat", "train/train", "val/cat", "test/dog"]
+    write(root / "feed", {f"b/{name}/1.png": picture(i) for i, name in enumerate(splits)})
+    write(root / "feed", {"b/test/loose.png": picture(9), "b/outside.png": picture(8)})
+    data = read(root)
+    given = dict(zip(data.samples["sample_id"], data.samples["label"], strict=True))
+    roles = {name: role_of(name) for name in given if "//" in name}
+    for name in ("b/test//loose.png", "b/outside.png"):
+        assert pd.isna(given.pop(name))
+    assert given == {
+        "b/train//cat/1.png": "cat",
+        "b/train//train/1.png": "train",
+        "b/val//cat/1.png": "cat",
+        "b/test//dog/1.png": "dog",
+    }
+    assert [role.value for role in roles.values()] == [
+        "holdout", "holdout", "train", "train", "validation"
+    ]  # fmt: skip
+    (batch,) = list_batches(LENIENT, root)
+    assert read_own_labels(batch, LENIENT, root) == given
+    assert names(read(root, only={"b/val//cat/1.png"})) == ["b/val//cat/1.png"]
+
+
+def test_a_class_called_train_is_a_class(root: Path) -> None:
+    """Beside a folder that is no split, `train` is a class, and its samples keep their ids."""
+    write(root / "feed", {f"b/{name}/deep/1.png": picture() for name in ("train", "plane")})
+    data = read(root)
+    assert dict(zip(names(data), data.samples["label"], strict=True)) == {
+        "b/plane/deep/1.png": "plane",
+        "b/train/deep/1.png": "train",
+    }
+
+
+def test_splits_hold_metadata_and_shards(root: Path) -> None:
+    """A split may have a table or shards of its own; equal names in two splits are two samples."""
+    rows = parquet(image=[picture(5)], file_name=["1.png"], label=["eel"])
+    write(
+        root / "feed",
+        {
+            "b/train/metadata.csv": "file_name,label,camera\nx/1.png,cat,left\n",
+            "b/train/x/1.png": picture(1),
+            "b/train/x/2.png": picture(2),
+            "b/val/s.parquet": rows,
+            "b/test/s.parquet": rows,
+            "b/test/dog/1.png": picture(4),
+        },
+    )
+    data = read(root)
+    expected = {
+        "b/train//x/1.png": "cat",
+        "b/val//1.png": "eel",
+        "b/test//1.png": "eel",
+        "b/test//dog/1.png": "dog",
+    }
+    given = data.samples.set_index("sample_id")["label"]
+    assert given.dropna().to_dict() == expected
+    assert list(given[given.isna()].index) == ["b/train//x/2.png"]
+    assert data.metadata["camera"].dropna().tolist() == ["left"]
+    assert any("1 picture not named in train//metadata.csv" in note for note in data.notes)
+    (batch,) = list_batches(LENIENT, root)
+    assert read_own_labels(batch, LENIENT, root) == expected
+
+
+def test_one_table_may_name_pictures_of_all_splits(root: Path) -> None:
+    """Metadata beside the splits names pictures by their paths."""
+    table = "file_name,label\ntrain/1.png,cat\ntest/1.png,dog\n"
+    files = {f"b/{name}/1.png": picture(i) for i, name in enumerate(["train", "test"])}
+    write(root / "feed", {"b/metadata.csv": table, **files})
+    data = read(root)
+    assert dict(zip(names(data), data.samples["label"], strict=True)) == {
+        "b/train+val//1.png": "cat",
+        "b/test//1.png": "dog",
+    }
 
 
 def test_only_some_samples_are_read(root: Path) -> None:
@@ -79,7 +156,7 @@ def test_a_thousand_pictures_are_decoded_once_each(
     for i in range(1000):
         (root / f"feed/b/{i:04}.jpg").write_bytes(stored)
     (batch,) = list_batches(FeedSettings(), root)
-    assert len(read_batch(batch, FeedSettings(), root, SEEN).pictures) == 1000
+    assert len(read_batch(batch, FeedSettings(), root, SEEN).pixels) == 1000
     assert len(decoded) == 1000
 
 
@@ -288,5 +365,5 @@ def test_a_picture_that_many_rows_share_is_unpacked_for_a_few_at_a_time(
         return decode(*given, **options)
 
     monkeypatch.setattr(flows.intake, "decode", decode_and_weigh)
-    assert len(read(root).pictures) == 100
+    assert len(read(root).pixels) == 100
     assert 0 < peak < 2**22

@@ -1,6 +1,7 @@
 """Roles that never change, and batches that mix fresh with old samples."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def one_pass(
 ) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     given = batches(fresh, memory, batch_size=batch_size, rehearsal=rehearsal, generator=generator)
-    return [(pixels, labels) for pixels, labels, _ in given]
+    return [(pixels, labels) for pixels, labels, *_ in given]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,32 @@ def one_pass(
 def test_roles_never_change(sample_id: str, role: Role) -> None:
     """These were told at the first release; another answer would train on somebody's hold-out."""
     assert role_of(sample_id) is role
+
+
+@pytest.mark.parametrize(
+    ("split", "roles"),
+    [
+        ("train", {Role.TRAIN: 400}),
+        ("val", {Role.VALIDATION: 400}),
+        ("valid", {Role.VALIDATION: 400}),
+        ("validation", {Role.VALIDATION: 400}),
+        ("test", {Role.HOLDOUT: 400}),
+        ("train+val", {Role.TRAIN: 343, Role.VALIDATION: 57}),  # 6 to 1
+        ("val+test", {Role.VALIDATION: 100, Role.HOLDOUT: 300}),  # 1 to 3
+    ],
+)
+def test_a_split_decides_the_role(split: str, roles: dict[Role, int]) -> None:
+    """A sample of the user's own split has its role; one that stands for two is shared out."""
+    counts = Counter(role_of(f"b/{split}//cat/{i}.png") for i in range(400))
+    assert counts.keys() == roles.keys()
+    assert all(abs(counts[role] - n) <= 30 for role, n in roles.items())
+
+
+@pytest.mark.parametrize("name", ["train/{}.png", "test/deep/{}.png", "x//test/{}.png", "test//"])
+def test_a_class_called_train_is_no_split(name: str) -> None:
+    """Without the mark below the batch, a folder's name has no say."""
+    ids = [f"b{i}/" * ("{}" not in name) + f"b/{name}".format(i) for i in range(100)]
+    assert {role_of(sample_id) for sample_id in ids} == set(Role)
 
 
 def test_roles_have_their_shares() -> None:
@@ -128,6 +155,26 @@ def test_a_last_batch_of_one_joins_the_one_before() -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = [
         len(labels)
-        for _, labels, _ in batches(data, None, batch_size=4, rehearsal=0.0, generator=generator)
+        for _, labels, *_ in batches(data, None, batch_size=4, rehearsal=0.0, generator=generator)
     ]
     assert sizes == [4, 5]
+
+
+def test_weights_go_with_their_samples() -> None:
+    """Chosen, joined and in batches, a sample keeps its weight; where none was given it is 1."""
+    data = replace(pictures(6), weights=torch.arange(6) / 10)
+    assert data.take([5, 0]).shares.tolist() == pytest.approx([0.5, 0])
+    both = join([data, pictures(2, first=100)])
+    generator = torch.Generator().manual_seed(0)
+    given = batches(both, pictures(4, first=200), batch_size=4, rehearsal=0.5, generator=generator)
+    told = {
+        label: share
+        for _, labels, _, shares in given
+        for label, share in zip(labels.tolist(), shares.tolist(), strict=True)
+    }
+    assert {label: told[label] for label in range(6)} == pytest.approx(
+        {label: label / 10 for label in range(6)}
+    )
+    assert all(share == 1 for label, share in told.items() if label >= 100)
+    with pytest.raises(ValueError, match="6 labels, but 5 weights"):
+        replace(data, weights=torch.ones(5))

@@ -124,6 +124,37 @@ def test_a_folder_outside_of_the_feed(root: Path) -> None:
 # --- half-written batches
 
 
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        ("train val test", {"train": "train//", "val": "val//", "test": "test//"}),
+        ("train valid", {"train": "train//", "valid": "valid+test//"}),
+        ("train test", {"train": "train+val//", "test": "test//"}),
+        ("train plane", {}),
+        ("train test plane", {}),
+        ("train", {}),
+        ("val test", {}),
+        ("Train Test", {}),
+    ],
+)
+def test_an_owners_split_is_known_by_all_folders(
+    root: Path, folders: str, splits: dict[str, str]
+) -> None:
+    """Only `train` with others of its kind is a split; what lacks is taken from the nearest."""
+    first, *_ = folders.split()
+    files = {f"b/{name}/cat/{i}.png": picture() for name in folders.split() for i in range(2)}
+    write(root / "feed", {**files, "b/README.txt": "about", "b/.git/config": "hidden"})
+    (batch,) = list_batches(FeedSettings(), root)
+    assert batch.splits == splits
+    heads = {splits.get(name, f"{name}/") for name in folders.split()}
+    assert batch.files == {"README.txt"} | {f"{h}cat/{i}.png" for h in heads for i in range(2)}
+    sample_id = batch.id_of(f"b/{first}/cat/0.png")
+    assert batch.holds(sample_id)
+    assert batch.id_of(sample_id) == sample_id
+    assert not batch.holds(batch.id_of(f"b/{first}/cat/9.png"))
+    assert batch.id_of("elsewhere/train/cat/0.png") == "elsewhere/train/cat/0.png"
+
+
 def test_a_batch_without_success_waits(root: Path) -> None:
     """With closed_by="success" a batch is listed only when it is closed."""
     settings = FeedSettings(closed_by="success")

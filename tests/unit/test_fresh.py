@@ -11,6 +11,7 @@ from PIL import Image
 from flows.feed import list_batches
 from flows.fresh import Labels, fresh_set, gather_labels, retrain_key
 from flows.settings import Settings, load_settings
+from sft.tasks import MultiLabel, Regression
 
 
 def labels(**pairs: str) -> Labels:
@@ -100,3 +101,44 @@ def test_the_key_follows_champion_labels_and_settings(settings: Settings, tmp_pa
     changed = load_settings(path, environ={})
     assert len({key, retrain_key(2, one, settings), retrain_key(1, other, settings),
                 retrain_key(1, one, changed)}) == 4  # fmt: skip
+
+
+def test_labels_of_a_task_are_written_in_one_form(settings: Settings) -> None:
+    """Order, space and zeros make no other label, so what was learned is not fresh again."""
+    rows = "sample_id,label\nb1/x/1.png,y| x\nb1/y/1.png,|\n"
+    (settings.root / "labels" / "1.csv").write_text(rows)
+    batches = list_batches(settings.feed, settings.root)
+    found = gather_labels(settings, batches, ("x", "y"), MultiLabel())
+    assert found.of_batch("b1") == {"b1/x/1.png": "x|y", "b1/y/1.png": "|"}
+    (settings.root / "labels" / "1.csv").write_text(rows.replace("y| x", "7.50").replace("|", "8"))
+    found = gather_labels(settings, batches, ("ink",), Regression())
+    assert found.of_batch("b1") == {"b1/x/1.png": "7.5", "b1/y/1.png": "8"}
+
+
+def test_what_cannot_be_a_label_of_a_task_is_reported(settings: Settings) -> None:
+    """With the reason of the first; names are no numbers."""
+    (settings.root / "labels" / "1.csv").write_text("sample_id,label\nb1/x/1.png,x|zebra\n")
+    batches = list_batches(settings.feed, settings.root)
+    found = gather_labels(settings, batches, ("x", "y"), MultiLabel())
+    assert found.of_batch("b1") == {"b1/y/1.png": "y"}
+    assert "1 labels cannot be used (first: 'zebra' in 'x|zebra' is none of the labels x, y)" in (
+        found.problems
+    )
+    found = gather_labels(settings, batches, ("ink",), Regression())
+    assert found.table.empty
+    assert any("2 labels cannot be used (first: 'x|zebra' holds 2" in p for p in found.problems)
+
+
+def test_a_split_sample_may_be_called_by_its_path(settings: Settings) -> None:
+    """A late label that names the file reaches the sample, whose id names the split."""
+    for name in ("train", "test"):
+        folder = settings.root / "feed" / "b2" / name
+        folder.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "1.png")
+    late = "sample_id,label\nb2/test/1.png,x\nb2/train+val//1.png,y\nb1/x/1.png,y\n"
+    (settings.root / "labels" / "late.csv").write_text(late)
+    batches = list_batches(settings.feed, settings.root)
+    found = gather_labels(settings, batches, ["x", "y"])
+    assert found.problems == ()
+    assert found.of_batch("b2") == {"b2/test//1.png": "x", "b2/train+val//1.png": "y"}
+    assert found.of_batch("b1") == {"b1/x/1.png": "y", "b1/y/1.png": "y"}

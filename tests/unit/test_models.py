@@ -19,6 +19,7 @@ from torch.nn.modules import activation
 from torchvision.models import WeightsEnum
 
 from sft import models
+from sft.dataset import LabelledPictures
 from sft.models import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -33,6 +34,8 @@ from sft.models import (
     widen,
 )
 from sft.pictures import Preprocessing
+from sft.strategies import Strategy, stages
+from sft.train import TrainingSettings, fine_tune
 
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 IMAGENET_WEIGHTS = (
@@ -83,7 +86,8 @@ def shapes_only(monkeypatch: pytest.MonkeyPatch, few_collections: None) -> None:
 @pytest.mark.usefixtures("shapes_only")
 def test_every_torchvision_classifier_gets_a_head(architecture: str) -> None:
     """Each has one output a class, and a replaced head changes the shapes of nothing else."""
-    network = build(configuration(architecture, *"abcdefg", size=224))
+    config = configuration(architecture, *"abcdefg", size=224)
+    network = models._built(config, None, (), keep_head=False, seed=0)  # without a trial picture
     before = {name: value.shape for name, value in network.body.state_dict().items()}
     head = network.head
     assert head.weight.shape[0] == 7
@@ -161,6 +165,44 @@ def test_a_transformer_is_built_for_the_pictures_it_gets() -> None:
         build(configuration("vit_b_32", size=100))
     with pytest.raises(ModelError, match=r"maxvit_t cannot be built for pictures of 100 pixels"):
         build(configuration("maxvit_t", size=100))
+
+
+@pytest.mark.parametrize(("architecture", "least"), [("squeezenet1_1", 17), ("small_cnn", 4)])
+def test_pictures_that_are_too_small_are_refused(architecture: str, least: int) -> None:
+    """The message names the least size, which builds and answers; a pixel less does not."""
+    with pytest.raises(ModelError, match=rf"{architecture} takes .* at least {least} pixels, but"):
+        build(configuration(architecture, size=2))
+    with pytest.raises(ModelError, match=f"image_size is {least - 1}: set image_size = {least}"):
+        build(configuration(architecture, size=least - 1))
+    assert logits(build(configuration(architecture, size=least)), least).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"]
+)
+def test_a_family_is_tuned_widened_and_kept(architecture: str, tmp_path: Path) -> None:
+    """Only its head moves where only the head may; wider, saved and loaded it answers the same."""
+    start = build(configuration(architecture))
+    data = LabelledPictures(tuple("abcdef"), pictures(6), torch.arange(6) % 3)
+    settings = TrainingSettings(epochs=1, strategy=Strategy.HEAD, rehearsal=0.0)
+    tuned = fine_tune(start, data, settings).network
+    after = tuned.state_dict()
+    moved = {name for name, value in start.state_dict().items() if not value.equal(after[name])}
+    assert moved == stages(start)[-1].parameters
+    wide = widen(tuned, ["cat", "dog", "eel", "fox"])
+    torch.testing.assert_close(logits(wide)[:, :3], logits(tuned), rtol=1e-4, atol=1e-5)
+    save(wide, tmp_path)
+    torch.testing.assert_close(logits(load(tmp_path)), logits(wide), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_cannot_be_fetched_are_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where they cannot be kept, as without a network, the way out is said."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"weights of resnet18 cannot be fetched .*as a file"):
+        build(configuration("resnet18"), weights="DEFAULT")
 
 
 def test_the_seed_alone_decides_random_weights() -> None:

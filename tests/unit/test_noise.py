@@ -112,16 +112,18 @@ def test_renamed_classes_are_seen_by_the_champion() -> None:
 
 
 def test_the_setting_decides_what_becomes_of_suspicious_labels() -> None:
-    """They are left out, or learned from like the others."""
+    """They are left out, count less the more they are doubted, or count like the others."""
     x, y = delivery(6)
     verdict = judged(x, spoilt(y, 0.1, "random"))
     assert verdict.suspicious.any()
-    kept, left = (
-        verdict.believed(NoiseSettings(action=action))
-        for action in (NoiseAction.KEEP, NoiseAction.LEAVE_OUT)
+    kept, less, left = (
+        verdict.weights(NoiseSettings(action=action))
+        for action in (NoiseAction.KEEP, NoiseAction.DOWN_WEIGHT, NoiseAction.LEAVE_OUT)
     )
-    assert kept.all()
+    assert (kept == 1).all()
     assert (left == ~verdict.suspicious).all()
+    assert (less[~verdict.suspicious] == 1).all()
+    assert less[verdict.suspicious].max() < 1 - SETTINGS.least_doubt
 
 
 def test_old_samples_say_nothing_against_a_new_class() -> None:

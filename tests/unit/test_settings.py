@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from flows.settings import SECTIONS, Settings, SettingsError, load_settings, write_template
+from flows.settings import (
+    SECTIONS,
+    Settings,
+    SettingsError,
+    load_settings,
+    refuse_contradiction,
+    write_template,
+)
+from sft.models import ModelConfig
+from sft.pictures import Preprocessing
+from sft.tasks import Regression
 
 
 def written(folder: Path, text: str) -> Path:
@@ -36,6 +46,22 @@ def test_the_template_explains_every_key() -> None:
     assert keys == {
         name: {f.name for f in dataclasses.fields(section)} for name, section in SECTIONS.items()
     }
+
+
+def test_a_recipe_gets_the_name_and_keeps_its_words(tmp_path: Path) -> None:
+    """What is written is the recipe, whose settings load; what is no recipe is named."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('# Why.\n[model]\nname = ""\narchitecture = "mlp"\n')
+    write_template(tmp_path / "sustain.toml", "digits", recipe)
+    assert (tmp_path / "sustain.toml").read_text().startswith("# Why.\n")
+    settings = load_settings(tmp_path / "sustain.toml", environ={})
+    assert (settings.model.name, settings.model.architecture) == ("digits", "mlp")
+    with pytest.raises(SettingsError, match=r"no recipe at .*gone\.toml: deployments/recipes/"):
+        write_template(tmp_path / "other.toml", "digits", tmp_path / "gone.toml")
+    recipe.write_text('[model]\nname = "x"\n')
+    with pytest.raises(SettingsError, match=r"recipe\.toml is no recipe: it has no line"):
+        write_template(tmp_path / "other.toml", "digits", recipe)
+    assert not (tmp_path / "other.toml").exists()
 
 
 def test_the_template_overwrites_nothing(tmp_path: Path) -> None:
@@ -68,6 +94,9 @@ def test_the_template_overwrites_nothing(tmp_path: Path) -> None:
         ('[model]\nname = "a"\n[feed]\nclosed_by = "hope"', r"closed_by = 'hope'.*'rename'"),
         ('[model]\nname = "a/b"', "name must not hold"),
         ('[model]\nname = "a"\nchannels = 2', "channels must be 1 or 3, got 2"),
+        ('[model]\nname = "a"\ntask = "poetry"', "task must be one of single_label, multi_label"),
+        ('[model]\nname = "a"\nregression_loss = "l3"', "regression_loss must be one of mse, hub"),
+        ('[model]\nname = "a"\ntolerance = -1', "tolerance must be positive, got -1"),
         ('[model]\nname = "a"\nmean = [0.5]', "mean and std need one value a channel"),
     ],
 )
@@ -134,3 +163,27 @@ def test_bootstrap_keeps_its_own_defaults(tmp_path: Path) -> None:
     assert settings.bootstrap.epochs == 5
     assert settings.bootstrap.rehearsal == 0.0
     assert not settings.bootstrap.freeze_batch_norm
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('task = "single_label"', r"task = 'single_label', but the champion has 'regression'"),
+        ("tolerance = 3", r"tolerance = 3.0, but the champion has 1.5"),
+        ('regression_loss = "huber"', r"regression_loss = 'huber', but the champion has 'mse'"),
+        (
+            'classes = ["age", "ink"]',
+            r"classes = \('age', 'ink'\), but the champion has \('age',\)",
+        ),
+    ],
+)
+def test_a_champion_keeps_its_task(tmp_path: Path, text: str, message: str) -> None:
+    """Another task, tolerance, loss or target is another model; what agrees or is unset goes."""
+    task = Regression(tolerance=1.5)
+    config = ModelConfig("mlp", ("age",), Preprocessing(8, channels=1), (0.5,), (0.5,), task)
+    head = '[model]\nname = "a"\n'
+    same = 'task = "regression"\ntolerance = 1.5\nclasses = ["age"]\n'
+    for right in (head, head + same):
+        refuse_contradiction(load_settings(written(tmp_path, right), environ={}), config)
+    with pytest.raises(SettingsError, match=message):
+        refuse_contradiction(load_settings(written(tmp_path, head + text), environ={}), config)

@@ -119,7 +119,7 @@ def test_stages_of_an_architecture(architecture: str, expected: list[str]) -> No
     Norms join the stage before them: a ViT's last one is its last layer's, class token its stem's.
     """
     with torch.device("meta"):
-        network = build(configuration(architecture))
+        network = build(configuration(architecture, 64))
     found = stages(network)
     assert [stage.name for stage in found] == expected
     names = [name for stage in found for name in stage.parameters]

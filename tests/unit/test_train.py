@@ -17,7 +17,14 @@ from sft.dataset import LabelledPictures
 from sft.evaluate import answer
 from sft.models import ModelConfig, Network, build, widen
 from sft.pictures import Preprocessing
-from sft.train import Epoch, FineTuned, TrainingError, TrainingSettings, fine_tune
+from sft.train import (
+    LEAST_VALIDATION,
+    Epoch,
+    FineTuned,
+    TrainingError,
+    TrainingSettings,
+    fine_tune,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +224,7 @@ def test_a_wider_head_learns_its_new_class() -> None:
         data.labels,
     )  # fmt: skip
     tuned = fine_tune(start, data, settings(epochs=10))
-    assert answer(tuned.network, data).per_class(("a", "b", "c", "d"))["d"] > 0.9
+    assert answer(tuned.network, data).per_class(("a", "b", "c", "d"))["d"].recall > 0.9
 
 
 def test_a_loss_that_is_not_finite_stops_at_once() -> None:
@@ -258,6 +265,54 @@ def test_nothing_to_learn_is_refused() -> None:
     assert fine_tune(network(), one, settings(), memory=pictures()).best_epoch == 2
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_outside_the_classes_are_refused(label: int) -> None:
+    """The message says which there are, of fresh and of rehearsed samples, and what is allowed."""
+    data = pictures(6)
+    wrong = LabelledPictures(data.sample_ids, data.pixels, torch.tensor([0, 1, 2, 0, 1, label]))
+    message = rf"3 classes of the network, 0 to 2, but there are others: \[{label}\]"
+    with pytest.raises(TrainingError, match=message):
+        fine_tune(network(), wrong, settings())
+    with pytest.raises(TrainingError, match=message):
+        fine_tune(network(), data, settings(), memory=wrong)
+
+
+def test_a_class_with_one_sample_is_learned_and_drowns_no_other() -> None:
+    """Its weight in the loss is bounded, so that both it and the other classes are known."""
+    data = pictures(61)
+    others = [i for i in range(61) if data.labels[i] != 2]
+    rare = data.take([*others, 2])
+    for balanced in (False, True):
+        tuned = fine_tune(network(), rare, settings(epochs=15, balanced=balanced))
+        assert tuned.stopped == "all epochs done"
+        right = answer(tuned.network, pictures(60, seed=1)).per_class(("a", "b", "c"))
+        assert min(right.values()) > 0.9
+
+
+def test_a_validation_set_that_is_too_small_decides_nothing() -> None:
+    """Against wrong labels nothing stops it: the last weights come back, and the notes say why."""
+    wrong = pictures(48, seed=1)
+    wrong = LabelledPictures(wrong.sample_ids, wrong.pixels, (wrong.labels + 1) % 3)
+    change = settings(epochs=12, patience=2, learning_rate=3e-3, interpolate=True)
+    enough, few, none = (
+        fine_tune(network(), pictures(), change, validation=(wrong, wrong.take(range(n))))
+        for n in (LEAST_VALIDATION, LEAST_VALIDATION - 1, 0)
+    )
+    assert enough.best_epoch < len(enough.epochs) < 12
+    assert enough.notes == ()
+    assert enough.alpha < 1
+    for tuned, n in ((few, LEAST_VALIDATION - 1), (none, 0)):
+        assert tuned.best_epoch == len(tuned.epochs) == 12
+        assert tuned.alpha == 1
+        assert f"a validation set of {n} samples is too small" in tuned.notes[0]
+    unvalidated = fine_tune(network(), pictures(), change)
+    assert unvalidated.notes == ()
+    assert all(
+        torch.equal(value, few.network.state_dict()[name])
+        for name, value in state(unvalidated.network).items()
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -269,6 +324,12 @@ def test_nothing_to_learn_is_refused() -> None:
         ("clip_norm", -1.0, "clip_norm must be positive"),
         ("weight_decay", -1.0, "weight_decay must not be negative"),
         ("l2_sp", -1.0, "l2_sp must not be negative"),
+        ("l2_sp", math.inf, "l2_sp must not be negative, nor infinite, got inf"),
+        ("ewc", math.nan, "ewc must not be negative"),
+        ("distillation", -0.1, "distillation must not be negative"),
+        ("dark_experience", math.inf, "dark_experience must not be negative"),
+        ("mixup", -0.2, "mixup must not be negative"),
+        ("temperature", 0.0, "temperature must be positive"),
         ("shift_pixels", -1, "shift_pixels must not be negative"),
         ("rehearsal", 1.0, "rehearsal must be at least 0 and below 1"),
         ("rehearsal", -0.1, "rehearsal must be at least 0 and below 1"),

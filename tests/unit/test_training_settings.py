@@ -150,3 +150,30 @@ def test_augmented_views_are_kept() -> None:
     plain = fine_tune(start, pictures(64), replace(settings, shift_pixels=0)).network
     assert moved(plain, varied)
     assert moved(start, varied) == {"body.10.weight", "body.10.bias"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mixup": 0.4}, {"strategy": Strategy.HEAD}, {"label_smoothing": 0.1, "balanced": True}],
+)
+def test_a_sample_counts_by_its_weight(changes: dict[str, Any]) -> None:
+    """Labels of samples with weight 0 change no weight of the network; with weight .1 they do."""
+    data, settings = pictures(60), replace(SHORT, class_weights=False, **changes)
+    doubted = torch.arange(60) % 5 == 0
+    # classes are moved among the doubted, so that each is drawn as often as before
+    labels = data.labels.clone()
+    labels[doubted] = labels[doubted].roll(1)
+    held = pictures(30, seed=1, prefix="v")
+    tuned = []
+    for weight in (0.0, 0.1):
+        weights = torch.where(doubted, weight, 1.0)
+        for given in (data.labels, labels):
+            fresh = replace(data, labels=given, weights=weights)
+            unsure = replace(held, weights=torch.where(held.labels == 0, weight, 1.0))
+            tuned.append(
+                fine_tune(
+                    network(), fresh, settings, validation=(unsure,), cache=ActivationCache()
+                ).network
+            )
+    assert not moved(tuned[0], tuned[1])
+    assert moved(tuned[2], tuned[3])

@@ -1,0 +1,90 @@
+"""What is thought of a delivery's labels, and how it is shown to a person."""
+
+import io
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from flows.doubt import FILE, PAGE, Delivery, judge_delivery, suspicious_files
+from sft.dataset import LabelledPictures
+from sft.models import ModelConfig, build
+from sft.noise import NoiseAction, NoiseSettings
+from sft.pictures import Preprocessing
+
+CLASSES = ("<script>alert(0)</script>", *map(str, range(1, 10)))
+CONFIG = ModelConfig("mlp", CLASSES, Preprocessing(8, channels=1), (0.3,), (0.37,))
+WRONG = 30
+
+
+def judged(action: NoiseAction) -> tuple[LabelledPictures, Delivery]:
+    """Judge 300 optical digits, of which 30 have the next digit's label."""
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images[:300] * 15.9).to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target[:300].astype(np.int64))
+    labels[:WRONG] = (labels[:WRONG] + 1) % 10
+    data = LabelledPictures(tuple(f"<b>/{i}" for i in range(300)), pixels, labels)
+    old = data.take([])
+    return data, judge_delivery(build(CONFIG), data, old, CLASSES, NoiseSettings(action=action))
+
+
+@pytest.mark.parametrize("action", list(NoiseAction))
+def test_doubted_labels_are_learned_from_as_the_setting_says(action: NoiseAction) -> None:
+    """Kept as they are, counting for 1 less their doubt, or left out; the others count fully."""
+    _, delivery = judged(action)
+    doubted = dict(zip(delivery.usable.sample_ids, delivery.doubt.suspicious, strict=True))
+    assert sum(doubted.values()) > 5
+    learned = dict(
+        zip(delivery.believed.sample_ids, delivery.believed.shares.tolist(), strict=True)
+    )
+    for place, (name, suspicious) in enumerate(doubted.items()):
+        if not suspicious or action is NoiseAction.KEEP:
+            assert learned[name] == 1
+        elif action is NoiseAction.LEAVE_OUT:
+            assert name not in learned
+        else:
+            assert learned[name] == pytest.approx(1 - delivery.doubt.doubt[place], abs=1e-6)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, _: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_suspicious_labels_are_shown_most_doubtful_first() -> None:
+    """Table and page agree: a picture each, both labels, and names that are text, not HTML."""
+    data, delivery = judged(NoiseAction.KEEP)
+    files = suspicious_files(delivery.usable, delivery.doubt, CLASSES)
+    table = pd.read_csv(io.StringIO(files[FILE]), dtype={"label": str, "likely": str})
+    assert len(table) == delivery.doubt.suspicious.sum()
+    assert table["doubt"].is_monotonic_decreasing
+    given = dict(zip(data.sample_ids, data.labels.tolist(), strict=True))
+    assert [CLASSES[given[name]] for name in table["sample_id"]] == table["label"].tolist()
+    page = Page(files[PAGE])
+    assert "script" not in page.tags
+    assert "b" in page.tags
+    assert page.tags.count("img") == len(table)
+    places = [page.text.index(f" {name}labelled") for name in table["sample_id"]]
+    assert places == sorted(places)
+    assert f"labelled {table['label'][0]}, likelier {table['likely'][0]}" in page.text
+
+
+def test_no_suspicion_no_files() -> None:
+    """There is no empty page."""
+    _, delivery = judged(NoiseAction.KEEP)
+    sure = [i for i, one in enumerate(delivery.doubt.suspicious) if not one]
+    verdict = delivery.doubt
+    clean = type(verdict)(**{**vars(verdict), "suspicious": np.zeros(len(sure), dtype=bool)})
+    assert suspicious_files(delivery.usable.take(sure), clean, CLASSES) == {}
