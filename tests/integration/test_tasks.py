@@ -60,7 +60,7 @@ def test_a_task_goes_through_the_whole_loop(
     watched = watch(str(world.path))
     assert all(watched.settled[batch] < first - 0.1 for batch in batches)
     assert watched.decision.action == "retrain"
-    assert registry.alias("champion") == 2
+    assert registry.alias("champion") == 2, watched.done
     second = registry.version(2)
     assert second.verdict == "promote"
     files = {f.path for f in registry.client.list_artifacts(second.run_id)}
