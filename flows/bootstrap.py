@@ -24,6 +24,7 @@ from flows.package import Lineage, Package, build_reference
 from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
+from sft.after import tune
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import answer
 from sft.memory import remember
@@ -37,7 +38,6 @@ from sft.models import (
     is_factory,
 )
 from sft.pictures import Preprocessing
-from sft.train import fine_tune
 
 FIRST_REGIME = "first"
 
@@ -174,8 +174,9 @@ def _make(
     network = _network(settings, config, adopt)
     if adopt is None:
         with Progress(transient=True) as progress:
-            bar = progress.add_task("training the first champion", total=settings.bootstrap.epochs)
-            tuned = fine_tune(
+            total = settings.bootstrap.epochs * settings.bootstrap.runs
+            bar = progress.add_task("training the first champion", total=total)
+            tuned = tune(
                 network,
                 train,
                 settings.bootstrap,

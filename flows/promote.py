@@ -7,14 +7,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 from prefect import flow
 
+from flows.feed import list_batches
+from flows.fresh import gather_labels, held_out_labels
 from flows.registry import CHALLENGER, CHAMPION, Registry, RegistryError, Version
 from flows.settings import Settings, load_settings
-from sft.dataset import LabelledPictures, Role, join
+from sft.dataset import HOLDOUT_SHARE, LabelledPictures, Role, join
 from sft.evaluate import Answers, answer, confusion
 from sft.gate import Outcome, Pair, Verdict, judge
 from sft.memory import Memory
@@ -68,9 +71,11 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")
-    if candidate.verdict is None or candidate.verdict_against != champion.number:
+    judged = candidate.verdict is not None and candidate.verdict_against == champion.number
+    late = late_labels(registry, settings, candidate)
+    if not judged or labels_came(registry, candidate, champion, late):
         # never judged, or the champion moved since: a verdict holds only against one champion
-        candidate = judge_version(registry, settings, candidate, champion)
+        candidate = judge_version(registry, settings, candidate, champion, late)
     outcome, reason = candidate.verdict or "", candidate.tags.get("verdict_reason", "")
     if why is None and candidate.rolled_back:
         reason = (
@@ -89,13 +94,17 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
 
 
 def judge_version(
-    registry: Registry, settings: Settings, candidate: Version, champion: Version
+    registry: Registry,
+    settings: Settings,
+    candidate: Version,
+    champion: Version,
+    late: Mapping[str, str],
 ) -> Version:
     """Let both answer the same held-out samples, judge, and write the verdict on the version."""
     ours, theirs = registry.network(candidate), registry.network(champion)
     # by name, since two versions may order their classes differently, or know others
     classes = tuple(dict.fromkeys((*ours.config.classes, *theirs.config.classes)))
-    fresh, old = holdouts(registry, candidate, champion, classes, ours.config.preprocessing)
+    fresh, old = holdouts(registry, candidate, champion, classes, ours.config.preprocessing, late)
     on_fresh = Pair(_answer(theirs, fresh, classes), _answer(ours, fresh, classes))
     on_old = Pair(_answer(theirs, old, classes), _answer(ours, old, classes))
     verdict = judge(
@@ -103,12 +112,12 @@ def judge_version(
         on_old,
         settings.gate,
         classes=classes,
-        judged_before=_judged_before(registry, candidate, champion),
+        judged_before=_judged_before(registry, settings, candidate, champion),
     )
     pairs = {"fresh": on_fresh, "old": on_old}
     _log_scores(registry, candidate, champion, pairs, classes)
     _log_charts(registry, candidate, champion, pairs, fresh, classes)
-    _record(registry, candidate, champion, verdict)
+    _record(registry, candidate, champion, verdict, len(fresh))
     return registry.version(candidate.number)
 
 
@@ -118,13 +127,15 @@ def holdouts(
     champion: Version,
     classes: Sequence[str],
     preprocessing: Preprocessing,
+    late: Mapping[str, str],
 ) -> tuple[LabelledPictures, LabelledPictures]:
     """Return the fresh and the old hold-out of a candidate, neither ever trained on by anybody.
 
     Fresh is what the candidate's lineage holds out and the champion's does not know; the rest is
     old. Both come from the versions' memories, so they are there when the feed's data is gone.
+    `late` labels, by sample id, are of held-out samples that had none when they were remembered.
     """
-    memory: Memory = registry.memory(candidate)
+    memory: Memory = registry.memory(candidate).told(late)
     held = memory.labelled(Role.HOLDOUT, classes, preprocessing)
     known = set(registry.learned(champion)["sample_id"])
     is_old = [name in known for name in held.sample_ids]
@@ -135,6 +146,34 @@ def holdouts(
     have = set(held.sample_ids)
     rest = earlier.take([i for i, name in enumerate(earlier.sample_ids) if name not in have])
     return fresh, join([old, rest])
+
+
+def late_labels(registry: Registry, settings: Settings, candidate: Version) -> dict[str, str]:
+    """Gather what labels tell by now about the held-out pictures of a version made without any."""
+    if not candidate.adapted:
+        return {}
+    batches = list_batches(settings.feed, settings.root)
+    return held_out_labels(gather_labels(settings, batches, registry.config(candidate).classes))
+
+
+def labels_came(
+    registry: Registry, candidate: Version, champion: Version, late: Mapping[str, str]
+) -> bool:
+    """Whether as many labels came as the verdict on a version made without labels asked for.
+
+    Not at each label: a gate that is asked often says yes by chance.
+    """
+    waits = candidate.adapted and candidate.verdict_against == champion.number
+    if not waits or candidate.verdict != Outcome.INCONCLUSIVE.value:
+        return False
+    missing = ceil(int(candidate.tags["verdict_missing"]) * HOLDOUT_SHARE)
+    known = set(registry.learned(champion)["sample_id"])
+    if len(late.keys() - known) < missing:  # its memory need not be fetched
+        return False
+    table = registry.memory(candidate).told(late).table
+    held = table[(table["role"] == Role.HOLDOUT.value) & table["label"].notna()]
+    fresh = set(held["sample_id"]) - known
+    return len(fresh) >= int(candidate.tags["verdict_fresh"]) + missing
 
 
 def _answer(network: Network, data: LabelledPictures, classes: Sequence[str]) -> Answers:
@@ -190,15 +229,24 @@ def _log_charts(
             registry.log_file(candidate.run_id, path)
 
 
-def _judged_before(registry: Registry, candidate: Version, champion: Version) -> int:
-    """Count the challengers that this fresh hold-out has judged already, from the record."""
+def _judged_before(
+    registry: Registry, settings: Settings, candidate: Version, champion: Version
+) -> int:
+    """Count how often this fresh hold-out has judged already, from the record.
+
+    A hold-out that was too small for a promotion has not judged.
+    """
     return sum(
-        v.verdict_against == champion.number and v.number != candidate.number
+        v.verdict_against == champion.number
+        and (v.number != candidate.number or v.adapted)
+        and int(v.tags.get("verdict_fresh", settings.gate.min_fresh)) >= settings.gate.min_fresh
         for v in registry.versions()
     )
 
 
-def _record(registry: Registry, candidate: Version, champion: Version, verdict: Verdict) -> None:
+def _record(
+    registry: Registry, candidate: Version, champion: Version, verdict: Verdict, fresh: int
+) -> None:
     """Write the verdict on the version; the tag `verdict` comes last and makes it count."""
     rows = [f"| {c.name} | {'yes' if c.passed else 'no'} | {c.words} |" for c in verdict.criteria]
     table = "\n".join(["| criterion | holds | figures |", "|---|---|---|", *rows])
@@ -215,6 +263,8 @@ def _record(registry: Registry, candidate: Version, champion: Version, verdict: 
     registry.tag(
         candidate,
         verdict_reason=verdict.reason,
+        verdict_fresh=str(fresh),
+        verdict_missing=str(verdict.missing),
         verdict_against=str(champion.number),
         verdict=verdict.outcome.value,
     )

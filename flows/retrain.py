@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,11 +27,14 @@ from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
+from sft.after import tune as fine_tune
+from sft.averaging import members_of
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, join, role_of
 from sft.memory import remember
 from sft.models import Network, widen
-from sft.train import FineTuned, fine_tune
+from sft.search import Searched, SearchError, search
+from sft.train import FineTuned, TrainingSettings
 
 
 class RetrainError(ValueError):
@@ -43,7 +47,7 @@ class LabelsRefusedError(RetrainError):
 
 @dataclass(frozen=True)
 class Retrained:
-    """What a retraining made, and what became of it."""
+    """What a retraining, or an adaptation, made, and what became of it."""
 
     version: int
     promoted: bool
@@ -90,6 +94,13 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
         version = make_challenger(registry, settings, champion, batches, fresh, key, cause)
     else:
         registry.finish_training(version)
+    return challenge(registry, version, settings_path, made_now=made_now)
+
+
+def challenge(
+    registry: Registry, version: Version, settings_path: str, *, made_now: bool
+) -> Retrained:
+    """Give a version the alias of the challenger, and let it be judged."""
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
     result = promote(settings_path, version=version.number)
@@ -153,12 +164,13 @@ def make_challenger(
         },
     )
     counts = Counter(fresh.table["label"])
+    training = search_settings(registry, run_id, network, delivery.believed, old, settings)
     registry.log(
         run_id,
-        params={**asdict(settings.training), "parent": champion.number, "fresh": dict(counts)},
+        params={**asdict(training), "parent": champion.number, "fresh": dict(counts)},
     )
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing)
-    tuned = tune(network, champion_network, delivery.believed, old, old_validation, settings)
+    tuned = tune(network, champion_network, delivery.believed, old, old_validation, training)
     log_training(registry, run_id, tuned)
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
         write_suspicious(Path(name), delivery.usable, delivery.doubt, classes)
@@ -195,7 +207,7 @@ def make_challenger(
         lineage=Lineage(
             parent=champion.number,
             cause=cause,
-            settings={"training": asdict(settings.training), "memory": asdict(settings.memory)},
+            settings={"training": asdict(training), "memory": asdict(settings.memory)},
             learned_digest=fresh.digest,
             code_version=installed_version("sustain"),
         ),
@@ -257,21 +269,62 @@ def read_window(
     )
 
 
+def search_settings(
+    registry: Registry,
+    run_id: str,
+    network: Network,
+    labelled: LabelledPictures,
+    old: LabelledPictures,
+    settings: Settings,
+) -> TrainingSettings:
+    """Search what [search] names, if it is enabled; put what was tried on the training run.
+
+    A search that finds nothing to search with, such as too few labels, leaves [training] as it is,
+    and says so on the run.
+    """
+    if not settings.search.enabled:
+        return settings.training
+    try:
+        found = search(
+            members_of(network)[0],
+            labelled.with_role(Role.TRAIN),
+            old,
+            settings.training,
+            settings.search.grid,
+            now=time.monotonic,
+            folds=settings.search.folds,
+            budget_seconds=settings.search.budget_seconds,
+        )
+    except SearchError as error:
+        registry.log(run_id, tags={"sustain.searched": f"nothing was chosen: {error}"})
+        return settings.training
+    registry.log_text(run_id, _tried(found), "search.csv")
+    told = "; ".join(filter(None, (found.note, found.stopped_by)))
+    registry.log(run_id, tags={"sustain.searched": told})
+    return found.settings
+
+
+def _tried(found: Searched) -> str:
+    told = [{**asdict(row), "loss": row.loss} for row in found.tried]
+    rows = [{**row.pop("values"), **row} for row in told]
+    return pd.DataFrame(rows).to_csv(index=False)
+
+
 def tune(
     network: Network,
     champion: Network,
     labelled: LabelledPictures,
     old: LabelledPictures,
     old_validation: LabelledPictures,
-    settings: Settings,
+    settings: TrainingSettings,
 ) -> FineTuned:
     """Fine-tune with rehearsal; stop early on fresh and old validation data together."""
     with Progress(transient=True) as progress:
-        bar = progress.add_task("fine-tuning", total=settings.training.epochs)
+        bar = progress.add_task("fine-tuning", total=settings.epochs * settings.runs)
         return fine_tune(
             network,
             labelled.with_role(Role.TRAIN),
-            settings.training,
+            settings,
             memory=old,
             anchor=champion,
             cache=ActivationCache(),
@@ -295,7 +348,11 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
     registry.log(
         run_id,
         metrics={"best_epoch": float(tuned.best_epoch), "interpolation.alpha": tuned.alpha},
-        tags={"sustain.stopped": tuned.stopped, "sustain.corrected": "; ".join(tuned.notes)},
+        tags={
+            "sustain.stopped": tuned.stopped,
+            "sustain.corrected": "; ".join(tuned.notes),
+            "sustain.members": "; ".join(tuned.members),
+        },
     )
 
 

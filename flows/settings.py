@@ -21,9 +21,11 @@ from flows.feed import FeedSettings
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
 from monitoring.sequential import StreamSettings
+from sft.adaptation import AdaptationSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
+from sft.search import SearchSettings
 from sft.train import TrainingSettings
 
 PREFIX = "SUSTAIN_"
@@ -157,6 +159,8 @@ class Settings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    adaptation: AdaptationSettings = field(default_factory=AdaptationSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -196,6 +200,8 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": PolicySettings,
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,
+    "search": SearchSettings,
+    "adaptation": AdaptationSettings,
     "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,

@@ -174,6 +174,9 @@ def _better_on_fresh(fresh: Pair, settings: GateSettings, tries: int) -> Criteri
     level = settings.alpha / tries
     p_value = mcnemar(fresh.gained, fresh.lost)
     enough = len(fresh) >= settings.min_fresh
+    if not len(fresh):
+        words = f"fresh hold-out: no sample has a label, and {settings.min_fresh} are asked for"
+        return Criterion("better on fresh data", passed=False, words=words)
     words = (
         f"fresh hold-out ({len(fresh)} samples): {_percent(fresh.champion.accuracy)} →"
         f" {_percent(fresh.challenger.accuracy)}, gained {fresh.gained}, lost {fresh.lost}, exact"

@@ -134,6 +134,12 @@ class Memory:
         kept = ~self.table["sample_id"].isin(list(sample_ids))
         return Memory(self.table[kept].reset_index(drop=True))
 
+    def told(self, labels: Mapping[str, str]) -> Memory:
+        """Return this memory with labels, by sample id, for those samples that have none."""
+        known = self.table["label"]
+        late = self.table["sample_id"].map(labels)
+        return Memory(self.table.assign(label=known.where(known.notna(), late)))
+
     def save(self, path: Path) -> None:
         """Write Parquet."""
         self.table.to_parquet(path, index=False)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sft.augment import Augmentation, augment, strengths
-from sft.averaging import choose_alpha
+from sft.averaging import AfterSettings
 from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
 from sft.evaluate import mean_loss
@@ -64,15 +64,15 @@ class StopBy(StrEnum):
 
 
 @dataclass(frozen=True)
-class TrainingSettings(StrategySettings, RateSettings, Augmentation):
+class TrainingSettings(StrategySettings, RateSettings, Augmentation, AfterSettings):
     """How a network is fine-tuned.
 
     The defaults are what won on real pictures: rehearsal of old samples is the term that no default
     may lack (a new domain learned at 45 % with the old one at 62 %, against 47/33 without it), then
     a weak pull towards the champion (46/62), with batch-norm statistics frozen (77 against 74).
 
-    What may move, how large the steps are and how far pictures are changed is told by the settings
-    that these extend.
+    What may move, how large the steps are, how far pictures are changed and what follows is told by
+    the settings that these extend.
 
     Attributes:
         epochs, batch_size: `epochs` at most; a batch holds fresh and rehearsed samples.
@@ -86,7 +86,6 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
         views: augmented views of each picture that are kept where a part is frozen and runs once;
             0 augments anew in each epoch, from pictures.
         stop_by, patience: epochs without a better validation loss, or accuracy, before it stops.
-        interpolate: mix the result with the champion, by the share that validates best.
         clip_norm: longest gradient.
         seed: of every random draw.
     """
@@ -108,13 +107,12 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
     views: int = 0
     stop_by: StopBy = StopBy.LOSS
     patience: int = 6
-    interpolate: bool = False
     clip_norm: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
-        for part in (StrategySettings, RateSettings, Augmentation):
+        for part in (StrategySettings, RateSettings, Augmentation, AfterSettings):
             part.__post_init__(self)
         at_least_one(self, "epochs", "batch_size", "patience")
         positive(self, "clip_norm", "temperature")
@@ -141,7 +139,8 @@ class Epoch:
 class FineTuned:
     """The best network of a run, and the run's history.
 
-    `alpha` is the share of the way from the champion that was kept; `notes` say what was corrected.
+    `alpha` is the share of the way from the champion that was kept; `notes` say what was corrected,
+    and `members` what each of several fine-tunings reached.
     """
 
     network: Network
@@ -150,6 +149,7 @@ class FineTuned:
     stopped: str
     alpha: float = 1.0
     notes: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
 
 class _NotFiniteError(Exception):
@@ -190,10 +190,12 @@ def fine_tune(
         history. The same seed on the same machine gives the same weights.
 
     Raises:
-        TrainingError: no samples, a single class, a strategy that the network has no layers for, or
-            a loss that is not finite before any epoch has ended (later, training stops and the best
-            weights are kept).
+        TrainingError: an ensemble, no samples, a single class, a strategy that the network has no
+            layers for, or a loss that is not finite before any epoch has ended (later, training
+            stops and the best weights are kept).
     """
+    if start.config.members > 1:
+        raise TrainingError("an ensemble's members are tuned one by one: call sft.after.tune")
     if memory is not None and not len(memory):
         memory = None
     rehearsed = memory if settings.rehearsal else None
@@ -243,12 +245,7 @@ def fine_tune(
                     )
                     break
             network.load_state_dict(best.weights)  # where the next phase starts
-    network.eval()
-    alpha = 1.0
-    if settings.interpolate:
-        choice = choose_alpha(champion, network, validation)
-        network, alpha = choice.network, choice.alpha
-    return FineTuned(network, tuple(history), best.epoch, stopped, alpha, tuple(notes))
+    return FineTuned(network.eval(), tuple(history), best.epoch, stopped, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
