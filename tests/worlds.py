@@ -65,15 +65,18 @@ class World:
         return ids
 
 
-def make_world(root: Path, name: str, extra: str = "") -> World:
-    """Make a model folder by the real `bootstrap` flow; `extra` is more TOML."""
+def make_world(root: Path, name: str, extra: str = "", change: tuple[str, str] = ("", "")) -> World:
+    """Make a model folder by the real `bootstrap` flow.
+
+    `extra` is more TOML, and `change` what is replaced in that of the others, and by what.
+    """
     from flows import demo
     from flows.bootstrap import bootstrap
 
     (root / "feed").mkdir(parents=True)
     (root / "labels").mkdir()
     path = root / "sustain.toml"
-    path.write_text(SETTINGS.format(name=name) + extra)
+    path.write_text(SETTINGS.format(name=name).replace(*change) + extra)
     demo._write_class_folders(root / "first", demo._mnist()[:400])
     bootstrap(str(path), data=str(root / "first"))
     return World(path)
