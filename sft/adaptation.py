@@ -12,7 +12,7 @@ from sft.batchnorm import BatchNormError, add_domain, open_bank, reestimate, rou
 from sft.models import Network
 from sft.ranges import at_least_one
 
-LEAST_HOME = 0.6
+LEAST_HOME = 0.75
 """Of new pictures that its statistics were not taken from, a bank must know so many: with less,
 what came is no other world to it. CIFAR-10 without any change: .35 to .46; with a change that a
 bank won anything on: .86 to 1."""
@@ -78,7 +78,7 @@ def _adapted(
     champion: Network, known: Tensor, new: Tensor, settings: AdaptationSettings
 ) -> Network:
     has_bank = champion.config.domains > 1
-    if settings.method is Method.REESTIMATE:
+    if settings.method == Method.REESTIMATE:
         if has_bank:
             raise BatchNormError(
                 f"the champion keeps a bank of {champion.config.domains} domains: set method ="

@@ -49,7 +49,7 @@ def tune(
     Raises `TrainingError` as `fine_tune` does.
     """
     starts, anchors = members_of(start), members_of(start if anchor is None else anchor)
-    several = settings.after is After.ENSEMBLE
+    several = settings.after == After.ENSEMBLE
     runs = []
     for number in range(settings.runs):
         place = number % len(starts) if several else 0
@@ -65,7 +65,7 @@ def tune(
                 on_epoch=on_epoch,
             )
         )
-    if settings.after is After.INTERPOLATE:
+    if settings.after == After.INTERPOLATE:
         choice = choose_alpha(anchors[0], runs[0].network, validation)
         return replace(runs[0], network=choice.network, alpha=choice.alpha)
     return _together(runs, settings, validation) if settings.runs_several else runs[0]
@@ -84,9 +84,9 @@ def _together(
     """Make a soup or an ensemble; tell the history of all runs as one."""
     networks = [run.network for run in runs]
     kept = tuple(range(len(runs)))
-    if settings.after is After.ENSEMBLE:
+    if settings.after == After.ENSEMBLE:
         made = ensemble(networks)
-    elif settings.after is After.SOUP:
+    elif settings.after == After.SOUP:
         made = uniform_soup(networks)
     else:
         soup = greedy_soup(networks, lambda network: -mean_loss(network, validation)[0])

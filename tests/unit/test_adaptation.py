@@ -116,7 +116,8 @@ def test_a_bank_takes_a_new_class_and_can_be_tuned(tmp_path: Path) -> None:
     new, old = through(sensor, digits(500, 300)), digits(500, 300)
     torch.testing.assert_close(wide(new.pixels)[:, :10], bank()(new.pixels))
     learned = through(sensor, digits(400, 100))
-    made = fine_tune(wide, learned, SHORT, memory=digits(0, 200)).network
+    settings = replace(SHORT, learning_rate=1e-3)
+    made = fine_tune(wide, learned, settings, memory=digits(0, 200)).network
     made = reloaded(made, tmp_path)
     assert made.config.domains == 2
     assert answer(made, new).accuracy > answer(bank(), new).accuracy

@@ -19,7 +19,6 @@ from sft.dataset import LabelledPictures
 from sft.evaluate import answer, mean_loss
 from sft.models import ModelConfig, ModelError, Network, build, load, save, widen
 from sft.pictures import Preprocessing
-from sft.search import search
 from sft.strategies import Strategy
 from sft.train import TrainingError, TrainingSettings, fine_tune
 
@@ -79,10 +78,10 @@ def same(one: Network, other: Network) -> bool:
 
 @pytest.mark.parametrize("after", [After.SOUP, After.GREEDY_SOUP, After.ENSEMBLE])
 def test_several_fine_tunings_learn_the_new_world_and_keep_the_old(after: After) -> None:
-    """Digits of an inverted sensor: from under 40 % to over 70 %, with the old ones over 80 %."""
+    """Digits of an inverted sensor: from under 10 % to over 70 %, with the old ones over 80 %."""
     new, known = inverted(650, 200), old(650, 200)
-    made = tuned(after)
-    assert answer(champion(), new).accuracy < 0.4
+    made = tuned(after, epochs=5)
+    assert answer(champion(), new).accuracy < 0.1
     assert answer(made, new).accuracy > 0.7
     assert answer(made, known).accuracy > 0.8
 
@@ -126,10 +125,10 @@ def test_a_greedy_soup_is_never_worse_than_its_best_member() -> None:
 
 def test_interpolation_keeps_what_validates_best() -> None:
     """Wrong labels, validated on right ones: the champion's own weights come back."""
-    fresh = inverted(400, 150)
-    wrong = replace(fresh, labels=(fresh.labels + 1) % 10)
+    wrong = old(400, 150)
+    wrong = replace(wrong, labels=(wrong.labels + 1) % 10)
     settings = replace(SHORT, after=After.INTERPOLATE)
-    made = tune(champion(), wrong, settings, validation=(old(450, 60),))
+    made = tune(champion(), wrong, settings, validation=(old(650, 60),))
     assert made.alpha == 0
     assert same(made.network, champion())
 
@@ -219,16 +218,6 @@ def test_a_cached_frozen_part_serves_every_member() -> None:
     finally:
         hook.remove()
     assert sum(count for count in seen if count > 2) < 2 * (150 + 150)
-
-
-def test_a_search_before_it_finds_one_choice_for_all_members() -> None:
-    """The learning rate that is found is the first member's."""
-    settings = replace(SHORT, epochs=1, after=After.ENSEMBLE, strategy=Strategy.HEAD)
-    grid = {"learning_rate": [1e-6, 1e-2]}
-    found = search(
-        members_of(two())[0], inverted(400, 80), old(), settings, grid, now=lambda: 0.0, folds=2
-    ).settings
-    assert found == replace(settings, learning_rate=1e-2)
 
 
 @pytest.mark.parametrize(
