@@ -1,17 +1,30 @@
 """Batch-norm statistics without labels: re-estimated for a new world, or one set for each world.
 
 Both help where the input changes as a whole, such as a sensor's blur, contrast or colour, and win
-next to nothing elsewhere. CIFAR-10, small ResNet, new / old accuracy in percent, 200 new pictures
-for the bank and 1,000 for re-estimation:
+next to nothing elsewhere. CIFAR-10, small ResNet of 71 %, new / old accuracy in percent from 70 new
+pictures (as good as from 256), the mean of two seeds:
 
 | new world | champion | re-estimated | bank, routed by picture |
 | --- | --- | --- | --- |
-| sensor drift (blur, contrast, colour, noise) | 18 / 70 | 53 / 41 | 52 / 67 |
-| contrast x .45 | 46 / 70 | 69 / 58 | 68 / 68 |
-| blur | 39 / 70 | 64 / 51 | 64 / 69 |
-| inverted | 21 / 70 | 28 / 66 | 27 / 69 |
-| turned by 90° | 26 / 70 | 28 / 65 | 30 / 67 |
-| upside down | 36 / 70 | 37 / 69 | 37 / 69 |
+| sensor drift (blur, contrast, colour, noise) | 20 / 71 | 50 / 42 | 50 / 70 |
+| contrast x .45 | 50 / 71 | 70 / 60 | 70 / 70 |
+| darker x .4 | 49 / 71 | 68 / 52 | 68 / 71 |
+| strong blur | 33 / 71 | 62 / 51 | 61 / 70 |
+| slight blur | 62 / 71 | 69 / 66 | 68 / 70 |
+| noise .1 | 57 / 71 | 66 / 65 | 66 / 70 |
+| colour cast | 63 / 71 | 68 / 60 | 68 / 70 |
+| zoomed in x 1.5 | 45 / 71 | 61 / 62 | 59 / 70 |
+| turned by 15° | 58 / 71 | 63 / 68 | 63 / 70 |
+| inverted | 24 / 71 | 27 / 66 | 27 / 70 |
+| turned by 90° | 25 / 71 | 28 / 68 | 28 / 70 |
+| upside down | 35 / 71 | 36 / 69 | 36 / 70 |
+| the same pictures, of three classes | 75 / 71 | 53 / 67 | 65 / 69 |
+
+So the bank is the default of the two: what it wins costs the old world at most two points, which the
+gate allows, while re-estimation is refused for what it loses there. Neither is for a change of the
+mix of classes (last row: accuracy on those three), which takes a few classes for a world of their
+own. And where only a half or a quarter of the pictures come from the drifted sensor, it came from
+20 % to 33 and 25.
 """
 
 from __future__ import annotations
