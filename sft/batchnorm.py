@@ -20,11 +20,11 @@ pictures (as good as from 256), the mean of two seeds:
 | upside down | 35 / 71 | 36 / 69 | 36 / 70 |
 | the same pictures, of three classes | 75 / 71 | 53 / 67 | 65 / 69 |
 
-So the bank is the default of the two: what it wins costs the old world at most two points, which the
-gate allows, while re-estimation is refused for what it loses there. Neither is for a change of the
-mix of classes (last row: accuracy on those three), which takes a few classes for a world of their
-own. And where only a half or a quarter of the pictures come from the drifted sensor, it came from
-20 % to 33 and 25.
+So of the two the bank is the default: what it wins costs the old world at most two points, which
+the gate allows, while re-estimation is refused for what it loses there. Neither is for a change of
+the mix of classes (last row: accuracy on those three): a few classes would count as a world of
+their own. Where a half or a quarter of the pictures came from the drifted sensor and the rest did
+not, 20 % became 31 and 25.
 """
 
 from __future__ import annotations
