@@ -15,6 +15,7 @@ from prefect import flow
 from flows.digest import digest
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, Labels, fresh_set, gather_labels, held_out_labels
+from flows.notify import tell_of_failure
 from flows.package import LEARNED_COLUMNS, Lineage, Package, build_reference
 from flows.promote import labels_came
 from flows.registry import CheckRecord, Registry, Version
@@ -34,7 +35,7 @@ class AdaptError(ValueError):
     """Nothing can be adapted; the message names what is missing."""
 
 
-@flow(name="adapt")
+@flow(name="adapt", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
 def adapt(settings_path: str, cause: str = "asked for by a person") -> Retrained:
     """Give the champion batch-norm statistics of the batches that rang, and let it be judged.
 
@@ -93,15 +94,16 @@ def make_adapted(
     that were not needed stand in the reference, as they do after a retraining.
     """
     network, memory = registry.network(champion), registry.memory(champion)
-    classes, preprocessing = network.config.classes, network.config.preprocessing
+    classes, task = network.config.classes, network.config.task
     before = registry.learned(champion)
-    found = fresh_set(gather_labels(settings, batches, classes), before).table
-    fresh = FreshSet(found[found["label"].isin(list(classes))])  # more classes need a retraining
+    found = fresh_set(gather_labels(settings, batches, classes, task), before).table
+    known_to_it = task.known(task.rows(found["label"], classes))  # more classes need a retraining
+    fresh = FreshSet(found[known_to_it.numpy()])
     labelled, unlabelled, about = read_window(registry, settings, champion, batches, fresh, network)
     new = _adapted_to(labelled, unlabelled, rang, settings.adaptation.max_pictures)
     try:
-        known = memory.labelled(Role.TRAIN, classes, preprocessing).pixels
-        adapted = adapted_to(network, known, new.pixels, settings.adaptation)
+        known = memory.labelled(Role.TRAIN, classes, network.config.preprocessing, task)
+        adapted = adapted_to(network, known.pixels, new.pixels, settings.adaptation)
     except BatchNormError as error:
         raise AdaptError(f"version {champion.number} cannot be adapted: {error}") from error
     run_id = registry.begin_training(
@@ -123,7 +125,7 @@ def make_adapted(
     rest = unlabelled.take([i for i, n in enumerate(unlabelled.sample_ids) if n not in used])
     window = join([held, rest])
     carried = memory.extended(
-        remember(window, classes, [Role.HOLDOUT] * len(window), regime, about)
+        remember(window, classes, [Role.HOLDOUT] * len(window), regime, about, task)
     ).bounded(rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout)
     made = Package(
         network=adapted,

@@ -38,6 +38,7 @@ from sft.models import (
     is_factory,
 )
 from sft.pictures import Preprocessing
+from sft.tasks import SINGLE_LABEL, TASKS, LabelError, Regression, Task
 
 FIRST_REGIME = "first"
 
@@ -127,8 +128,9 @@ def _labelled_pictures(
         )
     ids = [read.samples["sample_id"].iloc[place] for place in kept]
     counts = Counter(known[name] for name in ids)
-    classes = settings.model.classes or tuple(sorted(counts))
-    if odd := sorted(set(counts) - set(classes)):
+    task = _task(settings)
+    classes = settings.model.classes or task.names_in(counts)
+    if task == SINGLE_LABEL and (odd := sorted(set(counts) - set(classes))):
         raise BootstrapError(
             f"{data} has labels of classes that [model] classes does not name: {odd[:5]}"
         )
@@ -136,13 +138,20 @@ def _labelled_pictures(
         raise BootstrapError(
             f"all {len(ids)} labels in {data} are of one class ({next(iter(counts))!r}): a"
             " classifier needs at least two"
+            if task == SINGLE_LABEL
+            else f"all {len(ids)} labels in {data} are {next(iter(counts))!r}: nothing can be"
+            " learned from them"
         )
-    index = {name: place for place, name in enumerate(classes)}
+    for text, n in counts.items():
+        try:
+            task.row(text, classes)
+        except LabelError as error:
+            raise BootstrapError(f"{n} labels in {data} cannot be used: {error}") from error
     return (
         LabelledPictures(
             tuple(ids),
             torch.stack([read.pictures[place].pixels for place in kept]),
-            torch.tensor([index[known[name]] for name in ids]),
+            task.rows([known[name] for name in ids], classes),
         ),
         classes,
         read.about,
@@ -160,12 +169,14 @@ def _make(
     adopt: str | None,
 ) -> Version:
     train, holdout = pictures.with_role(Role.TRAIN), pictures.with_role(Role.HOLDOUT)
-    if len(holdout) < 20 or len(set(train.labels.tolist())) < 2:  # noqa: PLR2004 - said below
+    task = _task(settings)
+    if len(holdout) < 20 or task.unlearnable(train.labels):  # noqa: PLR2004 - said below
         raise BootstrapError(
             f"{len(pictures)} labelled pictures leave {len(train)} to train on and {len(holdout)}"
             " to hold out (at least 20, better ten times a batch): give more"
         )
-    config = _config(settings, train, classes)
+    # an adopted model answers in the labels' own unit
+    config = _config(settings, train, classes, task if adopt else task.fitted(train.labels))
     run_id = registry.begin_training(
         f"bootstrap {settings.model.architecture}",
         {"sustain.retrain_key": key, "sustain.cause": "bootstrap"},
@@ -187,16 +198,16 @@ def _make(
         log_training(registry, run_id, tuned)
     network.eval()
     roles = [role_of(name) for name in pictures.sample_ids]
-    memory = remember(pictures, classes, roles, FIRST_REGIME, about).bounded(
+    memory = remember(pictures, classes, roles, FIRST_REGIME, about, task).bounded(
         rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
     )
-    labels = [classes[label] for label in pictures.labels.tolist()]
+    labels = task.texts(pictures.labels, classes)
     learned = pd.DataFrame(
         {"sample_id": list(pictures.sample_ids), "label": labels, "role": [r.value for r in roles]}
     )
     accuracy = answer(network, holdout).accuracy
     if adopt is not None:
-        _require_better_than_chance(accuracy, len(holdout), classes)
+        _require_better_than_chance(accuracy, holdout, classes, task)
     made = Package(
         network=network,
         reference=build_reference(network, memory, max_regimes=settings.checks.max_regimes),
@@ -233,14 +244,18 @@ def _require_adoptable(settings: Settings, adopt: str) -> None:
         )
 
 
-def _require_better_than_chance(accuracy: float, n: int, classes: tuple[str, ...]) -> None:
+def _require_better_than_chance(
+    accuracy: float, holdout: LabelledPictures, classes: tuple[str, ...], task: Task
+) -> None:
     """Refuse an adopted model that answers no better than a guess: something about it is wrong."""
+    n, chance = len(holdout), task.chance(holdout.labels, len(classes))
     right = round(accuracy * n)
-    if binomtest(right, n, 1 / len(classes), alternative="greater").pvalue > 0.05:  # noqa: PLR2004 - the usual level
+    if binomtest(right, n, chance, alternative="greater").pvalue > 0.05:  # noqa: PLR2004 - the usual level
         raise BootstrapError(
             f"the adopted model is right on {right} of {n} held-out samples, no better than a guess"
-            f" among {len(classes)} classes: are the classes in the order of its head's outputs,"
-            " and are mean, std, image_size, resize_size and channels those it was trained with?"
+            f" among {len(classes)} {'classes' if task.grows else 'targets'} ({chance:.0%}): are"
+            " the classes in the order of its head's outputs, and are mean, std, image_size,"
+            " resize_size and channels those it was trained with?"
         )
 
 
@@ -258,12 +273,27 @@ def _preprocessing(settings: Settings) -> Preprocessing:
     )
 
 
-def _config(settings: Settings, train: LabelledPictures, classes: tuple[str, ...]) -> ModelConfig:
+def _task(settings: Settings) -> Task:
+    """Make the task that the settings name."""
+    model = settings.model
+    if model.task != Regression.name:
+        return TASKS[model.task]() if model.task else SINGLE_LABEL
+    if not model.tolerance:
+        raise BootstrapError(
+            "a regression needs tolerance under [model]: the largest error that still counts as"
+            " right, in the unit of the labels"
+        )
+    return Regression(model.regression_loss or "mse", model.tolerance)
+
+
+def _config(
+    settings: Settings, train: LabelledPictures, classes: tuple[str, ...], task: Task
+) -> ModelConfig:
     preprocessing = _preprocessing(settings)
     architecture = settings.model.architecture
     if settings.model.mean:
         return ModelConfig(
-            architecture, classes, preprocessing, settings.model.mean, settings.model.std
+            architecture, classes, preprocessing, settings.model.mean, settings.model.std, task
         )
     if architecture in BUILT_IN or (is_factory(architecture) and not settings.model.weights):
         scaled = train.pixels.float().flatten(2) / 255.0
@@ -274,7 +304,7 @@ def _config(settings: Settings, train: LabelledPictures, classes: tuple[str, ...
         if preprocessing.channels == 1:
             mean, std = [sum(mean) / 3], [sum(std) / 3]
     rounded = [tuple(round(value, 6) for value in values) for values in (mean, std)]
-    return ModelConfig(architecture, classes, preprocessing, rounded[0], rounded[1])
+    return ModelConfig(architecture, classes, preprocessing, rounded[0], rounded[1], task)
 
 
 def _network(settings: Settings, config: ModelConfig, adopt: str | None) -> Network:

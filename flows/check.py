@@ -25,13 +25,14 @@ from flows.digest import digest
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import BatchData, TooManyBad
+from flows.package import see
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
 from flows.words import count
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
 from monitoring.detectors import Detection, detect_drift
 from monitoring.explain import farthest, moved_dimensions
-from monitoring.features import FeatureTable, concatenate, extract
+from monitoring.features import FeatureTable, Kind, concatenate
 from monitoring.findings import findings
 from monitoring.policy import Action, Decision, Evidence
 from monitoring.reference import Reference
@@ -41,6 +42,7 @@ from sft.dataset import Role, role_of
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import thumbnail
+from sft.tasks import rightly
 
 POOLED = "pooled"
 """The action of a batch that was too small by itself: it is tested with the following ones."""
@@ -364,17 +366,18 @@ def settle_check(
     except RegistryError:  # its artifacts have expired: nothing can be settled any more
         registry.log(record.run_id, tags=settled)
         return None
-    classes = registry.config(registry.version(record.key.champion)).classes
-    index = {name: place for place, name in enumerate(classes)}
+    config = registry.config(registry.version(record.key.champion))
     counted = representative(features.sample_ids, batch_labels) if asked else batch_labels
     rows = [i for i, name in enumerate(features.sample_ids) if name in counted]
-    # a class that the champion does not know is answered wrongly, whatever the answer
-    truth = [index.get(batch_labels[features.sample_ids[i]], len(classes)) for i in rows]
     accuracy, metrics = None, {"accuracy.settled_n": 0.0}
     if rows:
-        answers = np.asarray(truth, dtype=np.int64)
+        labelled = features.take(rows)
+        truth = [batch_labels[name] for name in labelled.sample_ids]
+        right = rightly(config.task, labelled.probabilities, truth, config.classes)
         estimated = record.metrics.get("accuracy.estimated", float("nan"))
-        result = settle(estimated, features.predicted[rows], answers)
+        if features.kind is Kind.REGRESSION:  # what stands there is the reference's accuracy
+            estimated = float("nan")
+        result = settle(estimated, right)
         accuracy = result.accuracy
         metrics = {
             "accuracy.settled": result.accuracy,
@@ -382,7 +385,7 @@ def settle_check(
             "accuracy.settled_high": result.high,
             "accuracy.settled_n": float(result.n),
             "accuracy.estimate_error": result.error,
-            **_settled_slices(registry.settings, features.take(rows), answers),
+            **_settled_slices(registry.settings, labelled, right),
         }
     registry.log(record.run_id, metrics=metrics)
     registry.log(record.run_id, tags=settled)
@@ -424,7 +427,7 @@ def estimate_track(records: Sequence[CheckRecord]) -> Track:
 
 def _features(network: Network, read: BatchData, places: Sequence[int]) -> FeatureTable:
     sizes = read.sizes
-    return extract(
+    return see(
         network,
         tuple(read.samples["sample_id"].iloc[list(places)]),
         torch.stack([read.pictures[i].pixels for i in places]),
@@ -463,11 +466,10 @@ def _stream_short(settings: Settings) -> str:
 def _settled_slices(
     settings: Settings,
     features: FeatureTable,
-    truth: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    right: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
 ) -> dict[str, float]:
     """Give the true accuracy of each slice."""
     found = {}
-    right = features.predicted == truth
     for column in settings.checks.slices:
         if column in features.metadata.columns:
             told = values_of(features, column)

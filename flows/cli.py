@@ -212,6 +212,32 @@ def rollback(settings_file: Path, to: int | None, why: str) -> None:
 
 @main.command()
 @settings_option
+@click.option("--port", type=int, default=4280, show_default=True)
+@click.option("--register", default="", help="This receiver's address, as MLflow's server sees it.")
+@told_plainly
+def webhook(settings_file: Path, port: int, register: str) -> None:
+    """Take MLflow's signed messages, so that a moved alias takes effect in seconds."""
+    settings = _begin(settings_file)
+    from flows.webhook import serve
+
+    console.print(f"listening on http://127.0.0.1:{port}/mlflow; Ctrl-C stops it", markup=False)
+    serve(settings, port, register=register)
+
+
+@main.command()
+@settings_option
+@click.option("--dry-run", is_flag=True, help="Only tell what would go.")
+@told_plainly
+def prune(settings_file: Path, *, dry_run: bool) -> None:
+    """Delete, or archive, versions and reports that nothing needs any more."""
+    settings = _begin(settings_file)
+    from flows.prune import prune as flow
+
+    console.print(flow(str(settings.path), dry_run=dry_run).words, markup=False)
+
+
+@main.command()
+@settings_option
 @told_plainly
 def status(settings_file: Path) -> None:
     """Show the versions, the newest checks, and what waits to be done."""

@@ -12,7 +12,8 @@ import torch
 
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.models import Network
-from sft.noise import OLD_SAMPLES, LabelVerdict, NoiseSettings, judge_labels
+from sft.noise import OLD_SAMPLES, LabelVerdict, NoiseSettings, judge_labels, not_judged
+from sft.tasks import SINGLE_LABEL
 
 FILE = "suspicious_labels.csv"
 CHUNK = 256
@@ -44,6 +45,8 @@ def judge_delivery(
 ) -> Delivery:
     """Judge fresh labels by what the champion sees in their pictures, in one forward pass.
 
+    Only labels that name one class are judged; of other tasks nothing is suspicious.
+
     Args:
         champion: whose embeddings and answers are used.
         labelled: the delivery; labels are places in `classes`.
@@ -51,6 +54,13 @@ def judge_delivery(
         classes: those of the champion, and new ones after them.
         settings: section [noise].
     """
+    ids = labelled.sample_ids
+    usable = [i for i, name in enumerate(ids) if role_of(name) is not Role.HOLDOUT]
+    if champion.config.task != SINGLE_LABEL:
+        words = f"the labels were not judged: a {champion.config.task.name} model has no one class"
+        nothing = (not_judged(np.zeros(len(rows), np.int64), words) for rows in (ids, usable))
+        learned = labelled.take(usable)
+        return Delivery(next(nothing), learned, next(nothing), learned)
     beside = old.take(np.random.default_rng(0).permutation(len(old))[:OLD_SAMPLES].tolist())
     embeddings, probabilities = see(champion, labelled.pixels)
     old_embeddings = see(champion, beside.pixels)[0] if len(beside) else None
@@ -66,8 +76,6 @@ def judge_delivery(
             old_labels=beside.labels.numpy() if len(beside) else None,
         )
 
-    ids = labelled.sample_ids
-    usable = [i for i, name in enumerate(ids) if role_of(name) is not Role.HOLDOUT]
     doubt = judge(usable)
     believed = [row for row, kept in zip(usable, doubt.believed(settings), strict=True) if kept]
     return Delivery(

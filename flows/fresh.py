@@ -23,6 +23,7 @@ from flows.labels import read_labels
 from flows.settings import Settings
 from flows.storage import FeedError
 from sft.dataset import HOLDOUT_SHARE, Role, role_of
+from sft.tasks import SINGLE_LABEL, LabelError, Task
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,17 @@ class FreshSet:
         return hashlib.sha256(rows.encode()).hexdigest()
 
 
-def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequence[str]) -> Labels:
+def gather_labels(
+    settings: Settings,
+    batches: Sequence[Batch],
+    classes: Sequence[str],
+    task: Task = SINGLE_LABEL,
+) -> Labels:
     """Gather the labels that came late and those that came with their batch.
 
     A late label corrects one that came with the batch. Labels for samples that the feed does not
-    hold and of classes that nobody named are reported, never guessed.
+    hold, of classes that nobody named, and what cannot be a label of the task are reported, never
+    guessed. Each label is written as the task writes it ("b|a" as "a|b", "7.0" as "7").
     """
     late = read_labels(settings.feed, settings.root)
     problems = list(late.problems)
@@ -89,7 +96,8 @@ def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequenc
     late_labels = dict(zip(late.labels["sample_id"], late.labels["label"], strict=True))
     merged = {**own_labels, **late_labels}
     by_id = {batch.id: batch for batch in batches}
-    known_classes = {*classes, *settings.model.classes}
+    names = tuple(dict.fromkeys((*classes, *settings.model.classes)))
+    written, odd = _written(merged.values(), names, task)
 
     lost = [
         name
@@ -100,16 +108,19 @@ def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequenc
         problems.append(
             f"{len(lost)} labels are for samples that the feed does not hold (first: {lost[0]})"
         )
-    odd = sorted({label for label in merged.values() if label not in known_classes})
     if odd:
         count = sum(label in odd for label in merged.values())
         problems.append(
-            f"{count} labels are of classes that the champion does not know: {', '.join(odd[:5])};"
-            " if they are right, add these to classes under [model]"
+            f"{count} labels are of classes that the champion does not know:"
+            f" {', '.join(sorted(odd)[:5])}; if they are right, add these to classes under [model]"
+            if task == SINGLE_LABEL
+            else f"{count} labels cannot be used (first: {odd[min(odd)]})"
         )
     gone = set(lost)
     usable = {
-        name: label for name, label in merged.items() if name not in gone and label in known_classes
+        name: written[label]
+        for name, label in merged.items()
+        if name not in gone and label in written
     }
     table = pd.DataFrame(
         {
@@ -118,6 +129,19 @@ def gather_labels(settings: Settings, batches: Sequence[Batch], classes: Sequenc
         }
     )
     return Labels(table.sort_values("sample_id", ignore_index=True), tuple(problems))
+
+
+def _written(
+    labels: Iterable[str], names: Sequence[str], task: Task
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Write each distinct label as the task does; of those that cannot be one, say why."""
+    written, odd = {}, {}
+    for label in set(labels):
+        try:
+            written[label] = task.text(task.row(label, names), names)
+        except LabelError as error:
+            odd[label] = str(error)
+    return written, odd
 
 
 def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
-from monitoring.features import extract
-from monitoring.reference import Reference, Regime, bounded
+from monitoring.features import FeatureTable, Integers, Kind, extract
+from monitoring.reference import NO_LABEL, RIGHT, WRONG, Reference, Regime, bounded
 from sft import models
 from sft.memory import Memory
 from sft.models import Network
+from sft.tasks import SINGLE_LABEL
 
 NETWORK, REFERENCE = "network", "reference"
 MEMORY, LEARNED, LINEAGE = "memory.parquet", "learned.parquet", "lineage.json"
@@ -81,13 +84,14 @@ def build_reference(
     nearest are merged.
     """
     classes, preprocessing = network.config.classes, network.config.preprocessing
+    task = network.config.task
     regimes = []
     for name in memory.regimes:
-        data = memory.held_out(name, classes, preprocessing, learned=learned)
+        data = memory.held_out(name, classes, preprocessing, learned=learned, task=task)
         if len(data) >= 20:  # noqa: PLR2004 - what `monitoring.reference` asks for
             about = memory.about(data.sample_ids)
             sizes = [tuple(one["size"]) for one in about if "size" in one]
-            features = extract(
+            features = see(
                 network,
                 data.sample_ids,
                 data.pixels,
@@ -96,5 +100,29 @@ def build_reference(
                     [one.get("metadata", {}) for one in about], index=range(len(about))
                 ),
             )
-            regimes.append(Regime(name, features, data.labels.numpy()))
+            truth = _truth(network, features, data.labels)
+            regimes.append(Regime(name, features, truth))
     return bounded(Reference(tuple(regimes), classes), max_regimes)
+
+
+def see(
+    network: Network,
+    sample_ids: Sequence[str],
+    pixels: torch.Tensor,
+    *,
+    sizes: Sequence[tuple[int, int, int]] | None = None,
+    metadata: pd.DataFrame | None = None,
+) -> FeatureTable:
+    """Let a network see pictures, as the monitoring keeps what it saw."""
+    kind = Kind(network.config.task.name)
+    return extract(network, sample_ids, pixels, sizes=sizes, metadata=metadata, kind=kind)
+
+
+def _truth(network: Network, features: FeatureTable, labels: torch.Tensor) -> Integers:
+    """Give what a regime's `labels` are: the classes, or of other tasks who was right."""
+    task = network.config.task
+    if task == SINGLE_LABEL:
+        return labels.numpy()
+    predicted = task.predicted(torch.from_numpy(features.probabilities))
+    truth = np.where(task.right(predicted, labels), RIGHT, WRONG)
+    return np.asarray(np.where(task.known(labels), truth, NO_LABEL), dtype=np.int64)

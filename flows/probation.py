@@ -17,10 +17,11 @@ from flows.check import representative
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import TooManyBad
+from flows.package import see
 from flows.registry import CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
-from monitoring.features import extract
 from monitoring.probation import Comparison, Pairs, compare_pairs, count_pairs
+from sft.tasks import rightly
 
 
 def version_before(registry: Registry, champion: Version) -> Version | None:
@@ -72,13 +73,14 @@ def answer_with_before(
     if not names:
         registry.log(record.run_id, metrics={"before.n": 0.0})
         return
-    classes = registry.config(champion).classes
-    answers = dict(zip(features.sample_ids, features.predicted, strict=True))
+    ours, theirs = registry.config(champion), network.config
+    texts = [told[name] for name in names]
+    place = {name: i for i, name in enumerate(features.sample_ids)}
+    answered = features.probabilities[[place[name] for name in names]]
     pixels = torch.stack([picture.pixels for picture in read.pictures])
-    seen = extract(network, names, pixels)
-    theirs = [network.config.classes[place] for place in seen.predicted]
-    now = [classes[answers[name]] == told[name] for name in names]
-    then = [said == told[name] for said, name in zip(theirs, names, strict=True)]
+    seen = see(network, names, pixels)
+    now = rightly(ours.task, answered, texts, ours.classes).tolist()
+    then = rightly(theirs.task, seen.probabilities, texts, theirs.classes).tolist()
     pairs = count_pairs(before.number, now, then)
     counts = {f"before.{name}": float(count) for name, count in asdict(pairs).items()}
     registry.log(record.run_id, metrics={"before.version": float(before.number), **counts})

@@ -11,6 +11,7 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
+import torch
 from prefect import flow
 
 from flows.feed import list_batches
@@ -18,7 +19,7 @@ from flows.fresh import gather_labels, held_out_labels
 from flows.registry import CHALLENGER, CHAMPION, Registry, RegistryError, Version
 from flows.settings import Settings, load_settings
 from sft.dataset import HOLDOUT_SHARE, LabelledPictures, Role, join
-from sft.evaluate import Answers, answer, confusion
+from sft.evaluate import Answers, answer
 from sft.gate import Outcome, Pair, Verdict, judge
 from sft.memory import Memory
 from sft.models import Network
@@ -136,13 +137,14 @@ def holdouts(
     `late` labels, by sample id, are of held-out samples that had none when they were remembered.
     """
     memory: Memory = registry.memory(candidate).told(late)
-    held = memory.labelled(Role.HOLDOUT, classes, preprocessing)
+    task = registry.config(candidate).task
+    held = memory.labelled(Role.HOLDOUT, classes, preprocessing, task)
     known = set(registry.learned(champion)["sample_id"])
     is_old = [name in known for name in held.sample_ids]
     fresh = held.take([i for i, old in enumerate(is_old) if not old])
     old = held.take([i for i, old in enumerate(is_old) if old])
     # what the candidate's parent remembers and the candidate no longer does is old, too
-    earlier = registry.memory(champion).labelled(Role.HOLDOUT, classes, preprocessing)
+    earlier = registry.memory(champion).labelled(Role.HOLDOUT, classes, preprocessing, task)
     have = set(held.sample_ids)
     rest = earlier.take([i for i, name in enumerate(earlier.sample_ids) if name not in have])
     return fresh, join([old, rest])
@@ -153,7 +155,8 @@ def late_labels(registry: Registry, settings: Settings, candidate: Version) -> d
     if not candidate.adapted:
         return {}
     batches = list_batches(settings.feed, settings.root)
-    return held_out_labels(gather_labels(settings, batches, registry.config(candidate).classes))
+    config = registry.config(candidate)
+    return held_out_labels(gather_labels(settings, batches, config.classes, config.task))
 
 
 def labels_came(
@@ -178,11 +181,12 @@ def labels_came(
 
 def _answer(network: Network, data: LabelledPictures, classes: Sequence[str]) -> Answers:
     """Let a network answer in terms of `classes`, which hold all of its own."""
-    found = answer(network, data)
+    found, task = answer(network, data), network.config.task
     place = np.array([classes.index(name) for name in network.config.classes])
     probabilities = np.zeros((len(data), len(classes)), dtype=np.float32)
     probabilities[:, place] = found.probabilities
-    return Answers(place[found.predicted], found.labels, probabilities)
+    predicted = task.predicted(torch.from_numpy(probabilities)).numpy()
+    return Answers(predicted, found.labels, probabilities, task)
 
 
 def _log_scores(
@@ -192,13 +196,14 @@ def _log_scores(
     pairs: Mapping[str, Pair],
     classes: Sequence[str],
 ) -> None:
-    """Put both versions' accuracy, by class too, and confusions on the training run."""
+    """Put both versions' accuracy, by class too, and confusions or errors on the training run."""
     scores = {
         name: {
             f"version {version.number}": {
                 "accuracy": answers.accuracy,
+                "score": float(answers.scores.mean()),
                 "per_class": answers.per_class(tuple(classes)),
-                "confusion": confusion(answers, len(classes)).tolist(),
+                **answers.details(classes),
             }
             for version, answers in ((champion, pair.champion), (candidate, pair.challenger))
         }

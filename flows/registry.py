@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from flows import package
 from flows.package import Package
@@ -326,6 +327,34 @@ class Registry:
         """Set the description (Markdown) that MLflow shows on the version's page."""
         self.client.update_model_version(self.name, str(version.number), text)
 
+    def aliases(self) -> dict[str, int]:
+        """Return every alias, other people's too, and the version that has it."""
+        try:
+            found = self.client.get_registered_model(self.name).aliases
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+        return {alias: int(number) for alias, number in found.items()}
+
+    def delete_version(self, version: Version, now: datetime) -> None:
+        """Delete a version's files, then the version; its training run stays, with its figures.
+
+        Killed in between, the version is there without its files, marked `pruned_at`: called again,
+        this goes on.
+        """
+        self.tag(version, pruned_at=now.isoformat(timespec="microseconds"))
+        self.delete_artifacts(version.run_id, (*PARTS, MANIFEST))
+        self.client.delete_model_version(self.name, str(version.number))
+
+    def delete_artifacts(self, run_id: str, names: Sequence[str]) -> None:
+        """Delete some files or folders of a run, those that are there."""
+        uri = self.client.get_run(run_id).info.artifact_uri
+        repository = get_artifact_repository(uri, tracking_uri=self.uri)
+        for there in self.client.list_artifacts(run_id):
+            if there.path in names:
+                repository.delete_artifacts(there.path)  # type: ignore[no-untyped-call]  # as MLflow has it
+
     def set_alias(self, alias: str, version: Version) -> None:
         """Point an alias, other than the champion's, at a version."""
         self.client.set_registered_model_alias(self.name, alias, str(version.number))
@@ -334,6 +363,15 @@ class Registry:
         """Take the alias `challenger` from a version that is champion."""
         if self.alias(CHALLENGER) == version.number:
             self.client.delete_registered_model_alias(self.name, CHALLENGER)
+
+    def call_on_moves(self, url: str, secret: str) -> None:
+        """Let MLflow's server call an address when an alias is moved; once for each address."""
+        events: list[Any] = ["model_version_alias.created", "model_version_alias.deleted"]
+        for known in self.client.list_webhooks():
+            if known.url == url:
+                self.client.update_webhook(known.webhook_id, events=events, secret=secret)
+                return
+        self.client.create_webhook(f"sustain {self.name}", url, events, secret=secret)
 
     # ---- the champion's moves
 
@@ -424,18 +462,21 @@ class Registry:
 
     # ---- checks and training runs
 
-    def checks(self, champion: int) -> list[CheckRecord]:
+    def checks(self, champion: int | None) -> list[CheckRecord]:
         """List the ended checks against a champion, one for each key, in the order of their ends.
 
-        Of several, the first that finished counts; if none did, the last that failed.
+        None lists those against every champion, deleted ones too.
+
+        Of several with a key, the first that finished counts; if none did, the last that failed.
         """
-        records: dict[tuple[str, str], CheckRecord] = {}
-        for run in self._runs("check", {"sustain.champion": str(champion)}):
+        records: dict[CheckKey, CheckRecord] = {}
+        tags = {} if champion is None else {"sustain.champion": str(champion)}
+        for run in self._runs("check", tags):
             if run.info.status in ("FINISHED", "FAILED"):
                 record = _check_record(run)
-                known = records.get((record.key.batch_id, record.key.digest))
+                known = records.get(record.key)
                 if known is None or not known.finished:
-                    records[record.key.batch_id, record.key.digest] = record
+                    records[record.key] = record
         return sorted(records.values(), key=lambda record: (record.ended, record.run_id))
 
     def check_record(self, run_id: str) -> CheckRecord:

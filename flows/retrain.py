@@ -22,6 +22,7 @@ from flows.doubt import judge_delivery, write_suspicious
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
+from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
@@ -30,7 +31,7 @@ from flows.storage import FeedError
 from sft.after import tune as fine_tune
 from sft.averaging import members_of
 from sft.cache import ActivationCache
-from sft.dataset import LabelledPictures, Role, join, role_of
+from sft.dataset import LabelledPictures, Role, role_of
 from sft.memory import remember
 from sft.models import Network, widen
 from sft.search import Searched, SearchError, search
@@ -63,7 +64,7 @@ class Retrained:
         return f"version {self.version}{made} {what}: {self.reason}"
 
 
-@flow(name="retrain")
+@flow(name="retrain", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
 def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrained:
     """Make a challenger from the champion and the fresh labels, once, and let it be judged.
 
@@ -84,7 +85,7 @@ def retrain(settings_path: str, cause: str = "asked for by a person") -> Retrain
     batches = list_batches(settings.feed, settings.root)
     config = registry.config(champion)
     refuse_contradiction(settings, config)
-    labels = gather_labels(settings, batches, config.classes)
+    labels = gather_labels(settings, batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     key = retrain_key(champion.number, fresh, settings)
     version = registry.find_version(key)
@@ -104,6 +105,7 @@ def challenge(
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
     result = promote(settings_path, version=version.number)
+    tell(registry, registry.settings, datetime.now(UTC))
     return Retrained(
         version.number, result.promoted, result.outcome, result.reason, made_now=made_now
     )
@@ -136,10 +138,9 @@ def make_challenger(
 ) -> Version:
     """Fine-tune, build what the version carries, and register it once."""
     network = champion_network = registry.network(champion)
-    classes = tuple(network.config.classes)
-    if new := [
-        c for c in settings.model.classes if c not in classes and c in set(fresh.table["label"])
-    ]:
+    classes, task = tuple(network.config.classes), network.config.task
+    told = task.names_in(fresh.table["label"]) if task.grows else ()
+    if new := [c for c in settings.model.classes if c not in classes and c in told]:
         network = widen(network, (*classes, *new), seed=settings.training.seed)
         classes = network.config.classes
     memory = registry.memory(champion)
@@ -149,7 +150,7 @@ def make_challenger(
     except RetrainError as error:
         raise LabelsRefusedError(f"of the pictures that can be read: {error}") from error
     kept = memory.without(labelled.sample_ids)  # a corrected label replaces the old one
-    old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing)
+    old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing, task)
     delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise)
     if delivery.verdict.stop:
         raise LabelsRefusedError(
@@ -169,7 +170,7 @@ def make_challenger(
         run_id,
         params={**asdict(training), "parent": champion.number, "fresh": dict(counts)},
     )
-    old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing)
+    old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
     tuned = tune(network, champion_network, delivery.believed, old, old_validation, training)
     log_training(registry, run_id, tuned)
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
@@ -180,8 +181,8 @@ def make_challenger(
 
     regime = f"since v{champion.number}"
     roles = [role_of(name) for name in labelled.sample_ids]
-    window = remember(labelled, classes, roles, regime, about).extended(
-        remember(unlabelled, classes, [Role.HOLDOUT] * len(unlabelled), regime, about)
+    window = remember(labelled, classes, roles, regime, about, task).extended(
+        remember(unlabelled, classes, [Role.HOLDOUT] * len(unlabelled), regime, about, task)
     )
     carried = memory.extended(window).bounded(
         rehearsal=settings.memory.rehearsal, holdout=settings.memory.holdout
@@ -189,7 +190,7 @@ def make_challenger(
     learned = pd.DataFrame(
         {
             "sample_id": list(labelled.sample_ids),
-            "label": [classes[label] for label in labelled.labels.tolist()],
+            "label": task.texts(labelled.labels, classes),
             "role": [role.value for role in roles],
         }
     )
@@ -238,9 +239,8 @@ def read_window(
         wanted[name.split("/", 1)[0]].add(name)
     rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
     known = set(registry.learned(champion)["sample_id"])
-    index = {name: place for place, name in enumerate(network.config.classes)}
-    labelled: list[tuple[str, torch.Tensor, int]] = []
-    unlabelled: list[tuple[str, torch.Tensor, int]] = []
+    labelled: list[tuple[str, torch.Tensor, str | None]] = []
+    unlabelled: list[tuple[str, torch.Tensor, str | None]] = []
     about: About = {}
     for batch in reversed(batches):  # the newest first: the window is bounded
         whole = batch.id in rang and len(unlabelled) < settings.memory.holdout
@@ -258,9 +258,9 @@ def read_window(
         about |= read.about
         for name, picture in zip(read.samples["sample_id"], read.pictures, strict=True):
             if name in label_of:
-                labelled.append((name, picture.pixels, index[label_of[name]]))
+                labelled.append((name, picture.pixels, label_of[name]))
             elif name not in known:
-                unlabelled.append((name, picture.pixels, -1))
+                unlabelled.append((name, picture.pixels, None))
     some = unlabelled[: settings.memory.holdout]
     return (
         _set(sorted(labelled, key=itemgetter(0)), network),
@@ -356,15 +356,14 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
     )
 
 
-def _set(samples: Sequence[tuple[str, torch.Tensor, int]], network: Network) -> LabelledPictures:
-    size = network.config.preprocessing.image_size
-    channels = network.config.preprocessing.channels
-    empty = LabelledPictures(
-        (),
-        torch.empty(0, channels, size, size, dtype=torch.uint8),
-        torch.empty(0, dtype=torch.int64),
+def _set(
+    samples: Sequence[tuple[str, torch.Tensor, str | None]], network: Network
+) -> LabelledPictures:
+    config = network.config
+    size, channels = config.preprocessing.image_size, config.preprocessing.channels
+    pixels = [pixels for _, pixels, _ in samples]
+    return LabelledPictures(
+        tuple(name for name, _, _ in samples),
+        torch.stack([torch.empty(channels, size, size, dtype=torch.uint8), *pixels])[1:],
+        config.task.rows([label for _, _, label in samples], config.classes),
     )
-    if not samples:
-        return empty
-    names, pixels, labels = zip(*samples, strict=True)
-    return join([empty, LabelledPictures(names, torch.stack(pixels), torch.tensor(labels))])

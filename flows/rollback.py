@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from prefect import flow
 
+from flows.notify import tell
 from flows.registry import ROLLBACK, Registry, RegistryError, Version
 from flows.settings import load_settings
 
@@ -62,6 +63,7 @@ def rollback(settings_path: str, to: int | None = None, why: str = "no reason gi
     if registry.alias("champion") == target.number:
         return RolledBack(None, target.number, "it was champion already")
     move = registry.move_champion(target, by=ROLLBACK, why=why, now=now)
+    tell(registry, settings, now)
     return RolledBack(move.before, move.after, why)
 
 

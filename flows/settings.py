@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
 from sft.search import SearchSettings
+from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
 PREFIX = "SUSTAIN_"
@@ -43,9 +45,15 @@ class ModelSettings:
         name: the registered model's name in MLflow.
         architecture: a torchvision name, `small_cnn`, `mlp`, or your own factory
             `package.module:function`, called as `function(num_classes=…)`.
+        task: `single_label` (one class of several; what an unset one means at bootstrap),
+            `multi_label` (any number of labels, written as names between `|`) or `regression`
+            (numbers, between `|` where there are several targets).
+        tolerance: of a regression: the largest error that counts as right, in the labels' unit.
+        regression_loss: of a regression: `mse` (at bootstrap, when unset) or `huber`.
         weights: where training starts at bootstrap: empty for random weights, the name of
             torchvision's (`DEFAULT`), or a file.
-        classes: class names; those that the champion lacks widen its head at the next retraining.
+        classes: names of classes, labels or targets; classes and labels that the champion lacks
+            widen its head at the next retraining.
         image_size, resize_size: pixels; the shorter side is resized to `resize_size` (`image_size`
             when 0), then the centre is cropped.
         channels: 1 or 3.
@@ -55,6 +63,9 @@ class ModelSettings:
 
     name: str = ""
     architecture: str = ""
+    task: str = ""
+    tolerance: float = 0.0
+    regression_loss: str = ""
     weights: str = ""
     classes: tuple[str, ...] = ()
     image_size: int = 0
@@ -67,6 +78,14 @@ class ModelSettings:
         """Refuse values outside their range, by name."""
         if any(char in self.name for char in "/:.%\"'") or self.name != self.name.strip():
             raise ValueError(f"name must not hold any of / : . % \" ', got {self.name!r}")
+        if self.task not in ("", *TASKS):
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
+        if self.regression_loss not in ("", *LOSSES):
+            raise ValueError(
+                f"regression_loss must be one of {', '.join(LOSSES)}, got {self.regression_loss!r}"
+            )
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be positive, got {self.tolerance}")
         if self.channels not in (0, 1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.image_size < 0 or self.resize_size < 0:
@@ -113,6 +132,31 @@ class MemorySettings:
 
 
 @dataclass(frozen=True)
+class RetentionSettings:
+    """What `sustain prune` may delete; it only runs when it is called, or deployed.
+
+    Attributes:
+        keep: the newest versions stay, whatever their age.
+        days: younger versions stay.
+        archive: folder or fsspec URL that a version's files are copied to before they are deleted;
+            empty for none.
+        report_days: reports and feature tables of older checks are deleted (their figures and
+            decisions stay); 0 keeps them for ever.
+    """
+
+    keep: int = 5
+    days: float = 30.0
+    archive: str = ""
+    report_days: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        for name in ("keep", "days", "report_days"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class CheckSettings:
     """What a check looks at besides the batch as a whole, and what it leaves behind.
 
@@ -141,6 +185,36 @@ class CheckSettings:
             raise ValueError(f"slices names a column twice: {list(self.slices)}")
 
 
+NOTIFY_EVENTS = ("drift", "labels", "approval", "promoted", "refused", "rolled_back", "failed")
+ENVIRONMENT, BLOCK = "env:", "block:"
+
+
+@dataclass(frozen=True)
+class NotifySettings:
+    """Who is told of what.
+
+    Attributes:
+        to: `env:NAME`, an environment variable that holds an apprise URL (`slack://…`,
+            `mailto://…`, `json://…`), or `block:TYPE/NAME`, a notification block of Prefect's.
+            Addresses hold secrets, so none stands in the settings themselves.
+        events: which of drift (that hurts), labels (are wanted), approval (is wanted), promoted,
+            refused, rolled_back and failed (a flow).
+    """
+
+    to: tuple[str, ...] = ()
+    events: tuple[str, ...] = NOTIFY_EVENTS
+
+    def __post_init__(self) -> None:
+        """Refuse receivers of another form, and events that there are not."""
+        if any(not one.startswith((ENVIRONMENT, BLOCK)) for one in self.to):
+            raise ValueError(
+                f"to must name {ENVIRONMENT}VARIABLE or {BLOCK}TYPE/NAME: an address itself holds"
+                " secrets, so put it into an environment variable"
+            )
+        if odd := sorted(set(self.events) - set(NOTIFY_EVENTS)):
+            raise ValueError(f"events knows {', '.join(NOTIFY_EVENTS)}, not {', '.join(odd)}")
+
+
 def _bootstrap_training() -> TrainingSettings:
     return TrainingSettings(epochs=30, rehearsal=0.0, l2_sp=0.0, freeze_batch_norm=False)
 
@@ -164,6 +238,8 @@ class Settings:
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
+    notify: NotifySettings = field(default_factory=NotifySettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
 
     @property
     def root(self) -> Path:
@@ -205,6 +281,8 @@ SECTIONS: dict[str, type[Any]] = {
     "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,
+    "notify": NotifySettings,
+    "retention": RetentionSettings,
 }
 
 
@@ -273,14 +351,21 @@ def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:
         SettingsError: names the key, both values and the way out.
     """
     model, seen = settings.model, config.preprocessing
-    stated = {
+    stated: dict[str, tuple[object, object]] = {
         "architecture": (model.architecture, config.architecture),
+        "task": (model.task, config.task.name),
         "image_size": (model.image_size, seen.image_size),
         "resize_size": (model.resize_size, seen.resize_size),
         "channels": (model.channels, seen.channels),
         "mean": (model.mean, config.mean),
         "std": (model.std, config.std),
     }
+    if isinstance(config.task, Regression):
+        stated |= {
+            "tolerance": (model.tolerance, config.task.tolerance),
+            "regression_loss": (model.regression_loss, config.task.loss_kind),
+            "classes": (model.classes, config.classes),  # its targets cannot grow
+        }
     for key, (wanted, has) in stated.items():
         if wanted and wanted != has:
             raise SettingsError(

@@ -45,6 +45,7 @@ from flows.fresh import (
     gather_labels,
     retrain_key,
 )
+from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
 from flows.promote import promote
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
@@ -73,6 +74,7 @@ class Plan:
         finished: the checks against the champion, oldest first.
         failed: how many batches could not be checked, and have not changed since.
         asking: the newest check that asks for labels, if its list is not written yet.
+        untold: there is something that people should have been told of.
         standing: the newest check that found damage, if it stands to be decided again.
         adapting: the newest check that asks for labels, if a challenger without labels is due.
         waiting: such a challenger that can be judged now, since its labels came.
@@ -91,6 +93,7 @@ class Plan:
     standing: CheckRecord | None
     adapting: CheckRecord | None
     waiting: Version | None
+    untold: bool
     labels: Labels
     decider: Decider
 
@@ -102,7 +105,7 @@ class Plan:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        to_do = (self.moved, self.pending, self.unsettled, self.standing, self.asking)
+        to_do = (self.moved, self.pending, self.unsettled, self.standing, self.asking, self.untold)
         return not any((*to_do, self.adapting, self.waiting))
 
 
@@ -139,7 +142,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
     stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
-    labels = gather_labels(settings, batches, config.classes)
+    labels = gather_labels(settings, batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
     finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
@@ -166,12 +169,13 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         standing=decider.standing(present),
         adapting=drift_to_adapt_to(registry, settings, champion, present),
         waiting=judgeable(registry, champion, labels),
+        untold=bool(settings.notify.to and untold(registry, settings, now)),
         labels=labels,
         decider=decider,
     )
 
 
-@flow(name="watch")
+@flow(name="watch", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
 def watch(settings_path: str) -> Watched:
     """Check what is new, settle what has labels, decide, and start a retraining if it is due."""
     settings = load_settings(Path(settings_path))
@@ -201,7 +205,7 @@ def watch(settings_path: str) -> Watched:
         settled=settled,
         decision=decision,
         done=done,
-        problems=(*unread, *plan.labels.problems),
+        problems=(*unread, *plan.labels.problems, *tell(registry, settings, now)),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
+from monitoring.features import Kind
 from monitoring.kept import kept_with
 from monitoring.reference import NO_LABEL, Reference, Regime, portions
 
@@ -55,7 +56,8 @@ class Estimate:
         high: upper end.
         reference: accuracy on the labelled reference, its regimes mixed as in the batch.
         novelty: share of samples that are foreign, beyond what the reference's own rows would show.
-        believable: False when more than a quarter is novel: then only labels tell.
+        believable: False when more than a quarter is novel, and of a model of values, whose `value`
+            is the reference's: then only labels tell.
 
     """
 
@@ -77,7 +79,9 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
     taken to be right by chance, at the odds that it is foreign: how much more of the batch than of
     the reference lies that far out. Each sample is judged by the world it is nearest to (a world
     without labels by all labelled rows together), so a known world in which the model is weaker is
-    no fall.
+    no fall. Where any number of labels is answered, a sample is right when all are, with the
+    product of their probabilities as confidence. A model of values tells no confidence: nothing is
+    estimated then.
 
     Mean absolute error, measured: 1-2 points without shift, 2 over MNIST's shifts (ATC alone: 8),
     8 when all of a batch of PACS is foreign. A novel class is found in part only: with a tenth,
@@ -95,6 +99,8 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
             "no row of the reference has a label, so accuracy cannot be estimated: "
             "build the reference from labelled held-out samples"
         )
+    k, kind = len(reference.classes), reference.kind
+    chance = 0.5**k if kind is Kind.MULTI_LABEL else 1 / k
     value = accuracy = variance = novelty = 0.0
     for portion in cut:
         regime, rows = portion.home, portion.rows
@@ -108,7 +114,7 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
         far = index.is_far(batch.embedding[rows], batch.predicted[rows])
         foreign = max(0.0, (float(far.mean()) - index.expected) / (1 - index.expected))
         odds = far * (foreign / max(float(far.mean()), foreign, 1 / len(rows)))
-        by_chance = min(right, 1 / len(reference.classes))
+        by_chance = min(right, chance)
         part_value = float((believed * (1 - odds) + by_chance * odds).mean())
         # What the estimate gets wrong, sample by sample: it can't be better than the disagreement
         # of "confident" and "right" in the reference, nor than two binomial shares.
@@ -125,6 +131,8 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
         accuracy += share * right
         variance += share**2 * spread * (1 / len(rows) + 1 / len(correct))
         novelty += share * foreign
+    if kind is Kind.REGRESSION:
+        return Estimate(accuracy, 0.0, 1.0, accuracy, novelty, believable=False)
     # A share of n rows comes in steps of 1/n: half a step is Yates's correction.
     margin = Z_95 * math.sqrt(variance) + 0.5 / len(batch)
     margin += UNSURE_OF_FALL * max(0.0, accuracy - value)
@@ -201,7 +209,9 @@ class _Index:
         if len(rows) > MAX_INDEXED:
             rows = np.random.default_rng(0).choice(rows, MAX_INDEXED, replace=False)
         labels = regime.labels[rows]
-        known = np.where(labels == NO_LABEL, regime.features.predicted[rows], labels)
+        known = regime.features.predicted[rows]
+        if regime.features.kind is Kind.SINGLE_LABEL:
+            known = np.where(labels == NO_LABEL, known, labels)
         order = np.argsort(known, kind="stable")
         rows, known = rows[order], known[order]
         ends = np.searchsorted(known, np.arange(regime.features.probabilities.shape[1] + 1))
@@ -285,27 +295,20 @@ class Settlement:
     error: float
 
 
-def settle(estimate_value: float, predicted: Integers, labels: Integers) -> Settlement:
+def settle(estimate_value: float, answers: Mask) -> Settlement:
     """Hold an estimate against labels that came later.
 
     Args:
-        estimate_value: estimated accuracy.
-        predicted: (n,) predicted classes.
-        labels: (n,) true classes, -1 where there is none yet; those rows are left out.
+        estimate_value: estimated accuracy; NaN where nothing could be estimated.
+        answers: (n,), which labelled samples were answered rightly.
 
     Raises:
-        ValueError: if lengths differ or no row has a label.
+        ValueError: if there is none.
 
     """
-    if len(predicted) != len(labels):
-        raise ValueError(
-            f"{len(predicted)} predictions cannot be held against {len(labels)} labels"
-        )
-    known = labels != NO_LABEL
-    n = int(known.sum())
+    n, right = len(answers), int(answers.sum())
     if n == 0:
-        raise ValueError(f"none of {len(labels)} samples has a label, so nothing can be settled")
-    right = int((predicted[known] == labels[known]).sum())
+        raise ValueError("no sample has a label, so nothing can be settled")
     interval = stats.binomtest(right, n).proportion_ci(confidence_level=0.95, method="exact")
     accuracy = right / n
     return Settlement(

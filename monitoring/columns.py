@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import pandas as pd
 
+from monitoring.features import Kind
 from monitoring.figures import clip, label
 from monitoring.reference import halves
 
@@ -27,6 +28,7 @@ MAX_VALUES = 15
 MAX_LABEL = 40
 CONFIDENCE = "confidence"
 PREDICTED = "predicted class"
+PREDICTED_SET = "predicted labels"
 STATISTICS = (
     "brightness",
     "contrast",
@@ -99,10 +101,10 @@ class _Pair:
 def summary_columns(reference: Reference, regime: Regime, batch: FeatureTable) -> Columns:
     """Choose at most 16 columns that vary, in this order.
 
-    Confidence, predicted class, picture statistics, two leading whitened embedding dimensions, the
-    metadata columns that both have (the largest move first), two more dimensions, and picture
-    statistics that this release does not know. The reference's rows are the compared half of a
-    regime: the others fitted the whitening.
+    Confidence, predicted class (or labels, or values), picture statistics, two leading whitened
+    embedding dimensions, the metadata columns that both have (the largest move first), two more
+    dimensions, and picture statistics that this release does not know. The reference's rows are
+    the compared half of a regime: the others fitted the whitening.
     """
     _, compare = halves(regime)
     tables = (
@@ -114,14 +116,16 @@ def summary_columns(reference: Reference, regime: Regime, batch: FeatureTable) -
     statistics = _statistics(*tables)
     candidates = [
         (CONFIDENCE, _Pair(*(t.confidence.astype(np.float64) for t in tables))),
-        (PREDICTED, _predicted(reference.classes, *tables)),
+        *_predicted(reference.classes, *tables),
         *((name, pair) for name, pair in statistics if name in STATISTICS),
         *dimensions[:FIRST_DIMENSIONS],
         *metadata,
         *dimensions[FIRST_DIMENSIONS:],
         *((name, pair) for name, pair in statistics if name not in STATISTICS),
     ]
-    varying = [(name, pair) for name, pair in candidates if name == PREDICTED or pair.varies]
+    varying = [
+        (name, pair) for name, pair in candidates if name.startswith("predicted ") or pair.varies
+    ]
     if varying[MAX_COLUMNS:]:
         names = ", ".join(clip(name, MAX_LABEL) for name, _ in varying[MAX_COLUMNS:])
         notes.append(f"at most {MAX_COLUMNS} columns are drawn below, so these are not: {names}")
@@ -142,7 +146,26 @@ def _at_most(table: FeatureTable, rows: int) -> FeatureTable:
     return table.take(np.sort(np.random.default_rng(0).permutation(len(table))[:rows]))
 
 
-def _predicted(classes: tuple[str, ...], batch: FeatureTable, reference: FeatureTable) -> _Pair:
+def _predicted(
+    classes: tuple[str, ...], batch: FeatureTable, reference: FeatureTable
+) -> list[tuple[str, _Pair]]:
+    """Pair the predicted classes, the sets of labels, or each target's values."""
+    if batch.kind is Kind.REGRESSION:
+        sides = [table.probabilities.astype(np.float64).T for table in (batch, reference)]
+        return [
+            (f"predicted {name}", _Pair(now, before))
+            for name, now, before in zip(classes, *sides, strict=True)
+        ]
+    if batch.kind is Kind.MULTI_LABEL:
+        words = [pd.Series(table.words(classes)) for table in (batch, reference)]
+        sets = _categories(words[0], words[1])
+        return [] if sets is None else [(PREDICTED_SET, sets)]
+    return [(PREDICTED, _predicted_class(classes, batch, reference))]
+
+
+def _predicted_class(
+    classes: tuple[str, ...], batch: FeatureTable, reference: FeatureTable
+) -> _Pair:
     """Name the classes predicted most, and put the rest together."""
     predicted = batch.predicted, reference.predicted
     counts = np.bincount(np.concatenate(predicted), minlength=len(classes))

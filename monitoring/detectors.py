@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from monitoring.explain import moved_columns
+from monitoring.features import Kind
 from monitoring.kept import kept_with
 from monitoring.reference import (
     MIN_PART,
@@ -563,7 +564,8 @@ def _of_many(p_value: float, tests: int, n: int, m: int) -> float:
 class ScoresKS(_Test):
     """Kolmogorov and Smirnov's test on confidence, entropy and Mahalanobis distance.
 
-    Three tests by Bonferroni, both ways; it sees damage best. Statistic: the largest distance
+    Three tests by Bonferroni, both ways; it sees damage best. A model of values has neither
+    confidence nor entropy: there the distance alone can ring. Statistic: the largest distance
     between two distribution functions, 0 to 1.
     """
 
@@ -581,7 +583,7 @@ class ScoresKS(_Test):
     def compare(self, comparison: Comparison) -> Shift:
         """Do the same with what several tests share."""
         reference = comparison.reference.sorted_scores
-        batch = np.sort(scores(comparison.batch.probabilities), axis=0)
+        batch = np.sort(scores(comparison.batch), axis=0)
         far = [
             np.sort((side**2).sum(axis=1))[:, None]
             for side in comparison.whitened(self.max_dimensions)
@@ -596,7 +598,7 @@ class ScoresKS(_Test):
 
 @dataclass(frozen=True)
 class ProbabilitiesKS(_Test):
-    """Kolmogorov and Smirnov's test on each class's probability, by Bonferroni.
+    """Kolmogorov and Smirnov's test on each class's probability, or each value, by Bonferroni.
 
     Black-box shift detection (Lipton et al. 2018, Rabanser et al. 2019). Statistic: the largest
     distance between two distribution functions, 0 to 1.
@@ -652,11 +654,15 @@ class StatisticsKS(_Test):
 
 @dataclass(frozen=True)
 class PredictedClasses(_Test):
-    """Pearson's chi-squared test that the predicted classes have the same shares.
+    """Test that the predicted classes have the same shares: Pearson's chi-squared.
 
     Rare classes are put together until each group has 5 expected rows on both sides. Under 50
     rows, classes stay as they are and the statistic is held against 1,999 random batches drawn
     from all rows instead. Statistic: chi-squared.
+
+    Where any number of labels is answered, each one's share is tested by itself, by Fisher's exact
+    test and Bonferroni; statistic: the largest difference of shares. A model of values predicts no
+    class, and p is 1.
     """
 
     @property
@@ -672,6 +678,8 @@ class PredictedClasses(_Test):
     def compare(self, comparison: Comparison) -> Shift:
         """Do the same with what several tests share."""
         reference, batch = comparison.reference, comparison.batch
+        if batch.kind is not Kind.SINGLE_LABEL:
+            return Shift(self.name, *_fisher(reference.features.said[reference.read], batch.said))
         classes = batch.probabilities.shape[1]
         ours = np.bincount(reference.features.predicted[reference.read], minlength=classes)
         theirs = np.bincount(batch.predicted, minlength=classes)
@@ -694,6 +702,24 @@ class PredictedClasses(_Test):
         statistic = float(_chisquared_distances(theirs[None], both)[0])
         p_value = float(stats.chi2.sf(statistic, len(both) - 1))
         return Shift(self.name, statistic, max(p_value, _fewest(n, m)))
+
+
+def _fisher(
+    ours: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+    theirs: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
+) -> tuple[float, float]:
+    """Compare the share of each column, (n, c) and (m, c): the largest difference, and a joint p.
+
+    Each is Fisher's exact test, the smaller tail doubled.
+    """
+    n, m, labels = len(ours), len(theirs), ours.shape[1]
+    if not labels:
+        return 0.0, 1.0
+    counts = theirs.sum(axis=0)
+    drawn = stats.hypergeom(n + m, ours.sum(axis=0) + counts, m)
+    tail = np.minimum(drawn.cdf(counts), drawn.sf(counts - 1))
+    difference = np.abs(theirs.mean(axis=0) - ours.mean(axis=0)).max()
+    return float(difference), _of_many(2 * float(tail.min()), labels, n, m)
 
 
 def _chisquared_distances(theirs: Floats | Integers, both: Floats | Integers) -> Floats:

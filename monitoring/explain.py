@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from monitoring.features import Kind
 from monitoring.reference import (
     MIN_ROWS,
     ROWS_PER_DIMENSION,
@@ -188,14 +189,19 @@ def moved_columns(
 def _columns(
     features: FeatureTable, common: list[str], classes: tuple[str, ...]
 ) -> tuple[Floats, list[str]]:
-    """Lay picture statistics, confidence and one column a predicted class side by side."""
+    """Lay picture statistics, confidence and one column a predicted class side by side.
+
+    Of a model of values, the values.
+    """
     statistics = features.statistics[common]
-    is_class = features.predicted[:, None] == np.arange(len(classes))
+    is_value = features.kind is Kind.REGRESSION
+    answers = features.probabilities if is_value else features.said
     values = np.column_stack(
-        [statistics.to_numpy(dtype=np.float64), features.confidence, is_class.astype(np.float64)]
+        [statistics.to_numpy(dtype=np.float64), features.confidence, answers.astype(np.float64)]
     )
     names = [str(column) for column in statistics.columns]
-    return values, [*names, "confidence", *(f"'{name}'" for name in classes)]
+    own = [f"predicted {name}" if is_value else f"'{name}'" for name in classes]
+    return values, [*names, "confidence", *own]
 
 
 def _figure(value: float, decimals: int = 2) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -26,17 +28,32 @@ Integers: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 STATISTIC_PREFIX = "statistic:"
 METADATA_PREFIX = "metadata:"
+KIND = b"kind"
 NOISE_PIXELS = 4096
 """Of a picture, spread evenly; a median of more costs time and is hardly closer."""
 LAPLACIAN_OF_UNIT_NOISE = 0.6745 * (1 + 1 / 4) ** 0.5
 """Median absolute Laplacian of white noise with standard deviation 1."""
 
 
+class Kind(StrEnum):
+    """What the columns of `probabilities` are."""
+
+    SINGLE_LABEL = "single_label"
+    """Shares of one: one class is answered."""
+    MULTI_LABEL = "multi_label"
+    """Each the probability of a label: any number of them is answered."""
+    REGRESSION = "regression"
+    """Values, in the units of the targets. They tell no confidence."""
+
+
 class Embedder(Protocol):
     """A model that shows what it sees and what it says in one forward pass."""
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Give embeddings (n, d) float32 and probabilities (n, classes) of uint8 (n, C, H, W)."""
+        """Give embeddings (n, d) float32 and answers (n, classes) of uint8 (n, C, H, W).
+
+        Answers are probabilities, or values: what `FeatureTable.kind` names.
+        """
         ...
 
 
@@ -47,10 +64,11 @@ class FeatureTable:
     Args:
         sample_ids: n ids, `<batch>/<path inside the batch>`.
         embedding: (n, d) float32, what the head is given.
-        probabilities: (n, classes) float32, rows sum to one.
+        probabilities: (n, classes) float32, rows sum to one; of another kind, what it says.
         statistics: n rows, one column a statistic of the picture.
         metadata: n rows of the user's own columns, each float64 or text, as `tidy` makes them; no
             columns by default.
+        kind: what `probabilities` are.
 
     Raises:
         ValueError: if the parts do not have the same number of rows.
@@ -62,6 +80,7 @@ class FeatureTable:
     probabilities: Floats
     statistics: pd.DataFrame
     metadata: pd.DataFrame = field(default_factory=pd.DataFrame)
+    kind: Kind = Kind.SINGLE_LABEL
 
     def __post_init__(self) -> None:
         if not len(self.metadata.columns):
@@ -88,13 +107,54 @@ class FeatureTable:
 
     @cached_property
     def confidence(self) -> Floats:
-        """The probability of the predicted class, (n,)."""
-        return np.asarray(self.probabilities.max(axis=1))
+        """The probability of the answer, (n,): of all labels together; 1 where there is none."""
+        match self.kind:
+            case Kind.SINGLE_LABEL:
+                return np.asarray(self.probabilities.max(axis=1))
+            case Kind.MULTI_LABEL:
+                each = np.maximum(self.probabilities, 1 - self.probabilities)
+                return np.asarray(each.prod(axis=1))
+            case Kind.REGRESSION:
+                return np.ones(len(self), dtype=self.probabilities.dtype)
+
+    @cached_property
+    def entropy(self) -> Floats:
+        """The entropy of the answer in nats, (n,) float64; 0 where there are no probabilities."""
+        exact = self.probabilities.astype(np.float64)
+        if self.kind is Kind.REGRESSION:
+            return np.zeros(len(self))
+        total = scipy.special.entr(exact)
+        if self.kind is Kind.MULTI_LABEL:
+            total = total + scipy.special.entr(1 - exact)
+        return np.asarray(total.sum(axis=1))
 
     @cached_property
     def predicted(self) -> Integers:
-        """The index of the predicted class, (n,)."""
+        """The index of the predicted class, (n,); 0 throughout where no single one is answered."""
+        if self.kind is not Kind.SINGLE_LABEL:
+            return np.zeros(len(self), dtype=np.int64)
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
+
+    @cached_property
+    def said(self) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Which classes are answered, (n, classes); (n, 0) where there are none."""
+        match self.kind:
+            case Kind.SINGLE_LABEL:
+                classes = np.arange(self.probabilities.shape[1])
+                return np.asarray(self.predicted[:, None] == classes)
+            case Kind.MULTI_LABEL:
+                return np.asarray(self.probabilities >= 0.5)  # noqa: PLR2004 - a half
+            case Kind.REGRESSION:
+                return np.zeros((len(self), 0), dtype=np.bool_)
+
+    def words(self, classes: Sequence[str]) -> list[str]:
+        """Write each row's answer: a class, labels between "|", or values between them."""
+        if self.kind is Kind.REGRESSION:
+            return ["|".join(f"{value:.4g}" for value in row) for row in self.probabilities]
+        return [
+            "|".join(classes[i] for i in np.flatnonzero(row).tolist()) or "none"
+            for row in self.said
+        ]
 
     def take(self, index: Integers | Sequence[int]) -> FeatureTable:
         """Select rows by their positions, in the order given."""
@@ -105,6 +165,7 @@ class FeatureTable:
             probabilities=self.probabilities[rows],
             statistics=self.statistics.iloc[rows].reset_index(drop=True),
             metadata=self.metadata.iloc[rows].reset_index(drop=True),
+            kind=self.kind,
         )
 
     def require_finite(self, name: str) -> None:
@@ -137,7 +198,10 @@ class FeatureTable:
             columns[f"{METADATA_PREFIX}{name}"] = pa.array(
                 values.to_numpy(), kind, from_pandas=kind != pa.float64()
             )
-        return pa.table(columns)
+        table = pa.table(columns)
+        if self.kind is Kind.SINGLE_LABEL:
+            return table
+        return table.replace_schema_metadata({KIND: self.kind.value})
 
     @classmethod
     def from_arrow(cls, table: pa.Table) -> FeatureTable:
@@ -160,6 +224,7 @@ class FeatureTable:
             probabilities=_matrix(table["probabilities"]),
             statistics=pd.DataFrame(statistics, index=pd.RangeIndex(table.num_rows)),
             metadata=pd.DataFrame(metadata, index=pd.RangeIndex(table.num_rows)),
+            kind=Kind((table.schema.metadata or {}).get(KIND, Kind.SINGLE_LABEL.encode()).decode()),
         )
 
     def save(self, path: Path) -> None:
@@ -254,11 +319,13 @@ def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
     Metadata columns of any of them are kept, with missing values where a table lacks one.
 
     Raises:
-        ValueError: if there are none, or if they differ in width.
+        ValueError: if there are none, or if they differ in width or kind.
 
     """
     if not tables:
         raise ValueError("there is no feature table to concatenate")
+    if len({table.kind for table in tables}) > 1:
+        raise ValueError("feature tables of different kinds do not belong together")
     common = [
         column
         for column in tables[0].statistics.columns
@@ -270,6 +337,7 @@ def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
         probabilities=np.concatenate([table.probabilities for table in tables]),
         statistics=pd.concat([table.statistics[common] for table in tables], ignore_index=True),
         metadata=_stack([table.metadata for table in tables]),
+        kind=tables[0].kind,
     )
 
 
@@ -348,17 +416,19 @@ def extract(
     sizes: Sequence[tuple[int, int, int]] | None = None,
     metadata: pd.DataFrame | None = None,
     batch_size: int = 256,
+    kind: Kind = Kind.SINGLE_LABEL,
 ) -> FeatureTable:
     """See every picture once.
 
     Args:
-        model: embeds and classifies.
+        model: embeds and answers.
         sample_ids: n ids.
         pixels: uint8 (n, C, H, W).
         sizes: n times (width, height, channels) of the picture as it arrived, in pixels; None
             where they are not known.
         metadata: n rows of the user's own columns.
         batch_size: pictures in one forward pass.
+        kind: what its answers are.
 
     Returns:
         The table; with sizes, `width`, `height`, `aspect` (width / height) and `channels` join the
@@ -389,6 +459,7 @@ def extract(
         probabilities=np.concatenate(probabilities),
         statistics=pd.concat(statistics, ignore_index=True),
         metadata=pd.DataFrame() if metadata is None else tidy(metadata),
+        kind=kind,
     )
     if sizes is None:
         return table

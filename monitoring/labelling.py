@@ -13,14 +13,15 @@ import csv
 import hashlib
 import html
 import io
+import math
 import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
-from monitoring.features import FeatureTable, concatenate
+from monitoring.features import FeatureTable, Kind, concatenate
 from monitoring.reference import MIN_ROWS, ROWS_PER_DIMENSION, squared_distances, whiten
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class Request:
 
     Args:
         sample_id: which.
-        predicted: the class that the model says.
-        confidence: its probability.
+        predicted: what the model says.
+        confidence: its probability; NaN of a model of values, which tells none.
         novelty: share of the reference that looks less new than the sample, 0 to 1.
         reason: why this one, in words.
 
@@ -141,11 +142,13 @@ def choose(
     spread = _spread(points[free], weights[free], points[known], most - k, seed)
     chosen = {free[i]: LEARN_REASON.format(others) for i, others in spread}
     reasons = dict.fromkeys(drawn, RANDOM_REASON) | chosen
+    predicted = pool.words(reference.classes)
+    sure = pool.confidence if pool.kind is not Kind.REGRESSION else np.full(len(pool), np.nan)
     return tuple(
         Request(
             sample_id=pool.sample_ids[row],
-            predicted=reference.classes[pool.predicted[row]],
-            confidence=float(pool.confidence[row]),
+            predicted=predicted[row],
+            confidence=float(sure[row]),
             novelty=float(novelty[row]),
             reason=reasons[row],
         )
@@ -234,7 +237,17 @@ def _points(pool: FeatureTable, weights: Floats) -> Floats:
     if unit.shape[1] > DIMENSIONS:
         _, axes = np.linalg.eigh(unit.T @ unit)
         unit = unit @ axes[:, -DIMENSIONS:]
-    return np.concatenate([unit, pool.probabilities], axis=1, dtype=np.float64)
+    return np.concatenate([unit, _answers(pool)], axis=1, dtype=np.float64)
+
+
+def _answers(pool: FeatureTable) -> Floats:
+    """Give answers between which the squared distance is at most 2, (n, k): values as ranks."""
+    if pool.kind is Kind.SINGLE_LABEL:
+        return pool.probabilities
+    answers = pool.probabilities
+    if pool.kind is Kind.REGRESSION:
+        answers = stats.rankdata(answers, axis=0) / len(pool)
+    return np.asarray(answers * math.sqrt(2 / answers.shape[1]))
 
 
 def _spread(
@@ -349,7 +362,7 @@ def write_requests(
                 "",
                 number,
                 _cell(request.predicted),
-                f"{request.confidence:.3f}",
+                "" if math.isnan(request.confidence) else f"{request.confidence:.3f}",
                 f"{request.novelty:.3f}",
                 _cell(request.reason),
             )
@@ -422,9 +435,10 @@ def _item(number: int, request: Request, thumbnail: bytes | None) -> str:
     if thumbnail and (kind := _kind(thumbnail)):
         encoded = base64.b64encode(thumbnail).decode("ascii")
         picture = f'<img alt="" src="data:{kind};base64,{encoded}">'
+    sure = "" if math.isnan(request.confidence) else f" ({request.confidence:.0%})"
     return (
         f"<li>{picture}<b>{number}</b> {html.escape(request.sample_id)}"
-        f"<small>predicted {html.escape(request.predicted)} ({request.confidence:.0%}), "
+        f"<small>predicted {html.escape(request.predicted)}{sure}, "
         f"newer than {request.novelty:.0%} of the reference</small>"
         f"<small>{html.escape(request.reason)}</small></li>"
     )

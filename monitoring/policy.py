@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import PlainValidator
 
+from monitoring.accuracy import MAX_NOVELTY
 from monitoring.probation import Comparison
 from monitoring.triggers import (
     DEFAULT_TRIGGER,
@@ -373,6 +374,8 @@ def _ask(case: _Case) -> Decision:
         if case.estimate_fell
         else f"{evidence.novelty:.0%} of it is unlike anything known, so the estimated accuracy of "
         f"{evidence.estimated:.3f} is not to be believed"
+        if evidence.novelty > MAX_NOVELTY
+        else "the model tells no confidence that accuracy could be estimated from"
     )
     return Decision(
         Action.ASK_FOR_LABELS,

@@ -20,7 +20,14 @@ import scipy.linalg
 import scipy.special
 from scipy import stats
 
-from monitoring.features import FeatureTable, Floats, Integers, concatenate, write_parquet
+from monitoring.features import (
+    FeatureTable,
+    Floats,
+    Integers,
+    Kind,
+    concatenate,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,6 +55,8 @@ SMALLEST_EIGENVALUE = 1e-4
 ROWS_PER_DIMENSION = 10
 DISCRIMINANT_DIMENSIONS = 64
 NO_LABEL = -1
+RIGHT, WRONG = 0, 1
+"""Labels of a model that does not answer one class: `FeatureTable.predicted` is 0 throughout."""
 
 Mask: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
@@ -108,7 +117,8 @@ class Regime:
     Args:
         name: unique among the version's regimes.
         features: n held-out samples; never training samples, which the model is overconfident on.
-        labels: (n,) int64, the index of the class, -1 without a label.
+        labels: (n,) int64, the index of the class, -1 without a label. Of a model that does not
+            answer one class, 0 where it is right and 1 where it is wrong.
         split: the rows of the two halves, where they were drawn before: in a merged regime, or in
             the rows of one that are routed alike. Not kept on disk.
 
@@ -165,7 +175,7 @@ class Regime:
     @cached_property
     def sorted_scores(self) -> Floats:
         """Confidence and entropy of the rows read, (n, 2), each column sorted."""
-        return np.sort(scores(self.features.probabilities[self.read]), axis=0)
+        return np.sort(scores(self.features)[self.read], axis=0)
 
     @cached_property
     def sorted_probabilities(self) -> Floats:
@@ -185,15 +195,9 @@ def squared_distances(one: Floats, other: Floats) -> Floats:
     return np.asarray(np.maximum(distance, 0, out=distance))
 
 
-def scores(probabilities: Floats) -> Floats:
-    """Give confidence and entropy of each row of probabilities, (n, 2) float64."""
-    exact = probabilities.astype(np.float64)
-    return np.column_stack([exact.max(axis=1), entropy(exact)])
-
-
-def entropy(probabilities: Floats) -> Floats:
-    """Give the entropy of each row of probabilities, (n,) float64, in nats."""
-    return np.asarray(scipy.special.entr(probabilities.astype(np.float64)).sum(axis=1))
+def scores(features: FeatureTable) -> Floats:
+    """Give confidence and entropy of each row, (n, 2) float64; both constant without them."""
+    return np.column_stack([features.confidence.astype(np.float64), features.entropy])
 
 
 def halves(regime: Regime) -> tuple[Integers, Integers]:
@@ -258,7 +262,7 @@ class Reference:
     """Everything that a version is compared with.
 
     Args:
-        regimes: one or more, of the same widths.
+        regimes: one or more, of the same widths and kind.
         classes: names of the classes, in the order of the probabilities.
 
     Raises:
@@ -286,6 +290,13 @@ class Reference:
                     f"regime {regime.name!r} has {shapes[0]} embedding dimensions and {shapes[1]} "
                     f"probabilities, not {width} and {len(self.classes)}"
                 )
+            if regime.features.kind is not self.kind:
+                raise ValueError(f"regime {regime.name!r} is of another kind than {self.kind}")
+
+    @property
+    def kind(self) -> Kind:
+        """What the model answers."""
+        return self.regimes[0].features.kind
 
     @property
     def n(self) -> int:

@@ -40,6 +40,7 @@ from evidently.tests import eq, gt, lt
 from evidently.ui.storage.local.base import DOT_JSON, SNAPSHOTS_DIR_NAME, LocalState
 
 from monitoring.columns import Columns, summary_columns
+from monitoring.features import Kind
 from monitoring.figures import Past, clip, history, pairs
 from monitoring.policy import ROUNDING, Action, PolicySettings, has_fallen
 from monitoring.words import p_words
@@ -247,7 +248,10 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
                 "warning",
             )
             trust = (
-                f"Do not believe this estimate: about {found.novelty:.0%} of the pictures are "
+                "A model of values tells no confidence, so nothing is estimated. Label some of "
+                "the pictures."
+                if page.batch.kind is Kind.REGRESSION
+                else f"Do not believe this estimate: about {found.novelty:.0%} of the pictures are "
                 "unlike anything in the reference. Label some of them."
             )
         else:
@@ -261,6 +265,9 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
         words = (
             f"Accuracy is estimated at {found.value:.3f} (95 % interval {found.low:.3f} to "
             f"{found.high:.3f}) against {found.reference:.3f} on the reference; "
+            f"{found.novelty:.1%} of the pictures are novel."
+            if page.batch.kind is not Kind.REGRESSION
+            else f"On the reference {found.reference:.3f} are right, within the tolerance; "
             f"{found.novelty:.1%} of the pictures are novel."
         )
         settled = (

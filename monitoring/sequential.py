@@ -20,7 +20,7 @@ import scipy.special
 from scipy import stats
 
 from monitoring.kept import kept_with
-from monitoring.reference import MIN_ROWS, Portion, Reference, entropy, portions
+from monitoring.reference import MIN_ROWS, Mask, Portion, Reference, portions
 
 if TYPE_CHECKING:
     from monitoring.features import FeatureTable, Floats, Integers
@@ -76,7 +76,6 @@ ROUNDING = 5
 """Decimals of a distance, so that rounding of float32 does not tell equal rows apart."""
 CHUNK = 512
 MAX_NAME = 16
-NOT_COUNTED = -1
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,8 @@ def bets(reference: Reference, batch: FeatureTable) -> dict[str, float]:
     """Bet on rare things: natural logarithms of e-values, which add up over batches.
 
     "novelty" bets that some rows are far from every reference row and answered with doubt; each
-    "class ... rarer" and "class ... more common" that the predicted shares moved. A reference is
+    "class ... rarer" and "class ... more common" that the predicted shares moved (of classes or
+    labels; a model of values has none, and no doubt but the distance). A reference is
     the same for all batches, so its own error would add up too: each bet is against the bound that
     the reference leaves open (the share of a class: Clopper and Pearson's 97.5 %; novelty: 84 %),
     not against its estimate. If the bounds hold, a quiet batch has a mean e of at most 1.
@@ -317,20 +317,20 @@ def bets(reference: Reference, batch: FeatureTable) -> dict[str, float]:
     cut = portions(reference, batch)
     baseline = _baseline(reference)
     far = _distances(baseline, batch)
-    scores = np.column_stack([*far, entropy(batch.probabilities)])
-    group = baseline.group[batch.predicted]
+    scores = np.column_stack([*far, batch.entropy])
+    said = _in_groups(batch.said, baseline.group, len(baseline.names))
     log_e = np.zeros(1 + 2 * len(baseline.names))
     for portion in cut:
-        log_e += _portion_bets(baseline.cells[portion.world], scores, group, portion)
+        log_e += _portion_bets(baseline.cells[portion.world], scores, said, portion)
     ways = ("rarer", "more common")
     names = [NOVELTY, *(f"{name} {way}" for way in ways for name in baseline.names)]
     return dict(zip(names, log_e.tolist(), strict=True))
 
 
-def _portion_bets(cell: _Cell, scores: Floats, group: Integers, portion: Portion) -> Floats:
+def _portion_bets(cell: _Cell, scores: Floats, said: Mask, portion: Portion) -> Floats:
     rows = portion.rows
     novelty = np.log(cell.bet(scores[rows])).sum() - len(rows) * cell.log_bound
-    counts = np.bincount(group[rows], minlength=len(cell.lower))
+    counts = said[rows].sum(axis=0)
     rarer = _binomial_log_ratio(counts, len(rows), cell.lower, cell.lower / 2)
     raised = cell.upper + np.maximum(cell.upper / 2, MIN_SHARE_ADDED)
     commoner = np.minimum(raised, (1 + cell.upper) / 2)
@@ -395,7 +395,8 @@ class _Baseline:
 def _baseline(reference: Reference) -> _Baseline:
     """Find the neighbours of a reference and bound its shares, in .1 to 1 s."""
     embedding = np.concatenate([r.features.embedding for r in reference.regimes])
-    probabilities = np.concatenate([r.features.probabilities for r in reference.regimes])
+    entropy = np.concatenate([r.features.entropy for r in reference.regimes])
+    said = np.concatenate([r.features.said for r in reference.regimes])
     regime = np.repeat(
         np.arange(len(reference.regimes)), [len(r.features) for r in reference.regimes]
     )
@@ -404,28 +405,27 @@ def _baseline(reference: Reference) -> _Baseline:
     if len(kept) > MAX_NEIGHBOURS:
         kept = np.sort(np.random.default_rng(0).permutation(len(kept))[:MAX_NEIGHBOURS])
     axes = _random_axes(embedding.shape[1])
-    embedding, probabilities = _project(embedding[kept], axes), probabilities[kept]
+    embedding, entropy, said = _project(embedding[kept], axes), entropy[kept], said[kept]
     regime, world = regime[kept], world[kept]
     norms = np.linalg.norm(embedding, axis=1)
     far = _nearest_neighbours(embedding, embedding, norms, leave_one_out=True)
-    scores = np.column_stack([*far, entropy(probabilities)])
-    predicted = probabilities.argmax(axis=1)
-    counted = np.ones(len(predicted), dtype=np.bool_)
+    scores = np.column_stack([*far, entropy])
+    counted = np.ones(len(said), dtype=np.bool_)
     if len(reference.classes) > CLASS_BETS // 2:
         # who is among the commonest by luck is not, in the rows that did not choose
-        counted[np.random.default_rng(0).permutation(len(predicted))[::2]] = False
-    group, names = _groups(reference.classes, predicted[~counted])
+        counted[np.random.default_rng(0).permutation(len(said))[::2]] = False
+    group, names = _groups(reference.classes[: said.shape[1]], said[~counted].sum(axis=0))
+    said = _in_groups(said, group, len(names))
     cells = []
     for i in range(len(reference.members)):
         rows = np.flatnonzero(world == i)
         if len(rows) < MIN_ROWS:
             rows = np.arange(len(world))
-        predictions = np.where(counted, group[predicted], NOT_COUNTED)[rows]
-        cells.append(_cell(scores[rows], predictions, regime[rows], len(names)))
+        cells.append(_cell(scores[rows], said[rows], counted[rows], regime[rows]))
     return _Baseline(axes, embedding, norms, tuple(cells), group, names)
 
 
-def _cell(scores: Floats, group: Integers, regime: Integers, groups: int) -> _Cell:
+def _cell(scores: Floats, said: Mask, counted: Mask, regime: Integers) -> _Cell:
     """Rank the rows and bound what each regime with at least ten of them leaves open."""
     ordered = np.sort(scores, axis=0).T
     own = [_upper_rank(o, s, known=True) for o, s in zip(ordered, scores.T, strict=True)]
@@ -441,8 +441,7 @@ def _cell(scores: Floats, group: Integers, regime: Integers, groups: int) -> _Ce
         rows = regime == i
         n = int(rows.sum())
         bounds.append(factor[rows].mean() + BOUND_Z * factor[rows].std() / math.sqrt(n))
-        counted = group[rows & (group != NOT_COUNTED)]
-        k, n = np.bincount(counted, minlength=groups), len(counted)
+        k, n = said[rows & counted].sum(axis=0), int((rows & counted).sum())
         lower.append(
             np.where(k > 0, stats.beta.ppf(1 - BOUND_LEVEL, np.maximum(k, 1), n - k + 1), 0)
         )
@@ -522,12 +521,16 @@ def _nearest_neighbours(
     return np.round(np.maximum(cosine, 0), ROUNDING), np.round(np.maximum(euclidean, 0), ROUNDING)
 
 
-def _groups(classes: tuple[str, ...], predicted: Integers) -> tuple[Integers, tuple[str, ...]]:
+def _in_groups(said: Mask, group: Integers, groups: int) -> Mask:
+    """Tell which groups of classes a row's answer touches, (n, classes) to (n, groups)."""
+    return np.asarray(said.astype(np.float32) @ (group[:, None] == np.arange(groups)) > 0)
+
+
+def _groups(classes: tuple[str, ...], counts: Integers) -> tuple[Integers, tuple[str, ...]]:
     """Give each class its bet: one each, or the 31 commonest in the reference and all others."""
     most = CLASS_BETS // 2
     if len(classes) <= most:
         return np.arange(len(classes)), _names(classes, range(len(classes)))
-    counts = np.bincount(predicted, minlength=len(classes))
     common = np.sort(np.argsort(-counts, kind="stable")[: most - 1])
     group = np.full(len(classes), most - 1)
     group[common] = np.arange(most - 1)

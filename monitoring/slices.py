@@ -9,7 +9,7 @@ import numpy as np
 
 from monitoring.accuracy import estimate_accuracy
 from monitoring.detectors import DetectionSettings, detect_drift
-from monitoring.features import number_text
+from monitoring.features import Kind, number_text
 from monitoring.reference import MIN_ROWS, Reference, Regime
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def check_slices(
         except ValueError as error:  # too few rows, here or in the reference, for the level
             rows.append(_untested(column, value, len(selected), str(error)))
             continue
-        estimate = estimate_accuracy(known, selected) if _has_labels(known) else None
+        estimable = _has_labels(known) and known.kind is not Kind.REGRESSION
+        estimate = estimate_accuracy(known, selected) if estimable else None
         rows.append(
             Slice(
                 column=column,

@@ -50,18 +50,18 @@ class Augmentation:
         return any(getattr(self, one.name) != one.default for one in fields(Augmentation))
 
 
-def strengths(labels: Tensor, counts: Tensor, rare: float) -> Tensor:
+def strengths(alike: Tensor, counts: Tensor, rare: float) -> Tensor:
     """Give each sample the strength of its augmentation, float32 (n,), from 1 up to `rare`.
 
     A class with a k-th of the average number of samples gets the root of k times as much.
 
     Args:
-        labels: int64 (n,).
-        counts: int64 (classes,), how many samples of each class there are to train on.
+        alike: int64 (n,), how many samples of each one's class there are to train on.
+        counts: int64 (classes,), the same of each class.
         rare: the most.
     """
     average = counts[counts > 0].float().mean()
-    return (average / counts[labels].clamp(min=1)).sqrt().clamp(1.0, rare)
+    return (average / alike.clamp(min=1)).sqrt().clamp(1.0, rare)
 
 
 def augment(

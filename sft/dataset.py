@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sft.tasks import SINGLE_LABEL, Task
+
 HOLDOUT_SHARE = 0.3
 VALIDATION_SHARE = 0.1
 
@@ -46,7 +48,8 @@ class LabelledPictures:
     Attributes:
         sample_ids: n ids.
         pixels: uint8 (n, C, H, W).
-        labels: int64 (n,), the index of the class.
+        labels: (n, …), as the task has them: int64 (n,), the index of the class, or float32
+            (n, outputs).
     """
 
     sample_ids: tuple[str, ...]
@@ -94,17 +97,18 @@ def batches(
     rehearsal: float,
     generator: torch.Generator,
     balanced: bool = False,
+    task: Task = SINGLE_LABEL,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Go once through the fresh samples; a share `rehearsal` of each batch is old ones.
 
     Yields uint8 pictures (b, C, H, W), labels (b,) and whether each is old, bool (b,). The old
     samples of a batch are drawn uniformly, and repeated only when the memory holds fewer than the
     share asks for. With `balanced` as many fresh samples are drawn with repetition, each class
-    equally often.
+    equally often, as the task tells classes.
     """
     old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
     fresh_count = max(1, batch_size - old_count)
-    chunks = list(_order(fresh, generator, balanced=balanced).split(fresh_count))
+    chunks = list(_order(fresh, generator, task, balanced=balanced).split(fresh_count))
     if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
         chunks[-2:] = [torch.cat(chunks[-2:])]
     for chosen in chunks:
@@ -118,11 +122,13 @@ def batches(
         yield pixels, labels, torch.arange(len(labels)) >= len(chosen)
 
 
-def _order(fresh: LabelledPictures, generator: torch.Generator, *, balanced: bool) -> Tensor:
+def _order(
+    fresh: LabelledPictures, generator: torch.Generator, task: Task, *, balanced: bool
+) -> Tensor:
     if not balanced:
         return torch.randperm(len(fresh), generator=generator)
-    counts = torch.bincount(fresh.labels).float()
-    shares = 1 / counts[fresh.labels]
+    outputs = 0 if fresh.labels.ndim == 1 else fresh.labels.shape[1]
+    shares = 1 / task.alike(fresh.labels, task.counts(fresh.labels, outputs)).float()
     return torch.multinomial(shares, len(fresh), replacement=True, generator=generator)
 
 
@@ -133,7 +139,7 @@ def mixup(
 
     Args:
         pixels: uint8 (n, C, H, W).
-        targets: float (n, classes), shares of classes.
+        targets: float (n, outputs), of which blends are targets too, such as shares of classes.
         alpha: of the Beta(alpha, alpha) that the shares of a batch are drawn from; 0: no blending.
         generator: source of the partners and the share.
     """

@@ -207,17 +207,20 @@ def _kept_on_old(old: Pair, settings: GateSettings) -> Criterion:
 def _no_class_collapses(
     fresh: Pair, old: Pair, settings: GateSettings, classes: Sequence[str]
 ) -> Criterion:
-    labels = np.concatenate([fresh.champion.labels, old.champion.labels])
     before = np.concatenate([fresh.champion.right, old.champion.right])
     after = np.concatenate([fresh.challenger.right, old.challenger.right])
-    occurring = [index for index in range(len(classes)) if (labels == index).any()]
+    members = [
+        np.concatenate([pair.champion.of_class(index) for pair in (fresh, old)])
+        for index in range(len(classes))
+    ]
+    occurring = [index for index, rows in enumerate(members) if rows.any()]
     fallen = [
-        f"{classes[index]} {_percent(float(before[labels == index].mean()))} →"
-        f" {_percent(float(after[labels == index].mean()))}"
+        f"{classes[index]} {_percent(float(before[members[index]].mean()))} →"
+        f" {_percent(float(after[members[index]].mean()))}"
         for index in occurring
         if _collapsed(
-            before[labels == index],
-            after[labels == index],
+            before[members[index]],
+            after[members[index]],
             settings.max_class_drop,
             settings.alpha / len(occurring),
         )

@@ -18,6 +18,7 @@ import torch
 
 from sft.dataset import LabelledPictures, Role
 from sft.pictures import Preprocessing, decode, encode_png
+from sft.tasks import SINGLE_LABEL, Task
 
 COLUMNS = ("sample_id", "label", "role", "regime", "image", "about")
 
@@ -26,10 +27,10 @@ COLUMNS = ("sample_id", "label", "role", "regime", "image", "about")
 class Memory:
     """One row a sample.
 
-    Columns of `table`: `sample_id`; `label` (a class name, or None for a reference sample whose
-    label never came); `role` (train, validation or holdout); `regime` (the world it came from);
-    `image` (PNG bytes); `about` (JSON: what came with the picture, such as its size and the user's
-    own columns; this module only carries it).
+    Columns of `table`: `sample_id`; `label` (as people write it: a class name, or as the task has
+    it; None for a reference sample whose label never came); `role` (train, validation or holdout);
+    `regime` (the world it came from); `image` (PNG bytes); `about` (JSON: what came with the
+    picture, such as its size and the user's own columns; this module only carries it).
     """
 
     table: pd.DataFrame
@@ -48,12 +49,16 @@ class Memory:
         return tuple(dict.fromkeys(self.table["regime"]))
 
     def labelled(
-        self, role: Role, classes: Sequence[str], preprocessing: Preprocessing
+        self,
+        role: Role,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        task: Task = SINGLE_LABEL,
     ) -> LabelledPictures:
-        """Decode the labelled samples of one role."""
-        table = self.table
-        rows = table[(table["role"] == role.value) & table["label"].isin(list(classes))]
-        return self._decode(rows, classes, preprocessing)
+        """Decode the samples of one role that have a label which these classes can express."""
+        rows = self.table[self.table["role"] == role.value]
+        known = task.known(task.rows(_texts(rows["label"]), classes))
+        return self._decode(rows[known.numpy()], classes, preprocessing, task)
 
     def held_out(
         self,
@@ -62,14 +67,16 @@ class Memory:
         preprocessing: Preprocessing,
         *,
         learned: Collection[str] = (),
+        task: Task = SINGLE_LABEL,
     ) -> LabelledPictures:
-        """Decode what stands for a regime: samples that no version learned from; label -1: none.
+        """Decode what stands for a regime: samples that no version learned from, labelled or not.
 
         Args:
             regime: its name.
             classes: names, in the order of the labels.
             preprocessing: the network's.
             learned: ids of samples that the version or its parents trained on or chose weights by.
+            task: tells what labels mean.
         """
         table = self.table
         rows = table[
@@ -77,7 +84,7 @@ class Memory:
             & (table["role"] == Role.HOLDOUT.value)
             & ~table["sample_id"].isin(list(learned))
         ]
-        return self._decode(rows, classes, preprocessing)
+        return self._decode(rows, classes, preprocessing, task)
 
     def about(self, sample_ids: Sequence[str]) -> list[dict[str, Any]]:
         """Return what came with each of these samples."""
@@ -150,19 +157,21 @@ class Memory:
         return cls(pd.read_parquet(path)[list(COLUMNS)])
 
     def _decode(
-        self, rows: pd.DataFrame, classes: Sequence[str], preprocessing: Preprocessing
+        self,
+        rows: pd.DataFrame,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        task: Task = SINGLE_LABEL,
     ) -> LabelledPictures:
         size, channels = preprocessing.image_size, preprocessing.channels
         seen = Preprocessing(image_size=size, resize_size=size, channels=channels)
         pixels = [decode(image, seen).pixels for image in rows["image"]]
-        index = {name: place for place, name in enumerate(classes)}
-        labels = [-1 if pd.isna(label) else index.get(label, -1) for label in rows["label"]]
         return LabelledPictures(
             tuple(rows["sample_id"]),
             torch.stack(pixels)
             if pixels
             else torch.empty(0, channels, size, size, dtype=torch.uint8),
-            torch.tensor(labels, dtype=torch.int64),
+            task.rows(_texts(rows["label"]), classes),
         )
 
 
@@ -172,8 +181,9 @@ def remember(
     roles: Sequence[Role],
     regime: str,
     about: Mapping[str, Mapping[str, Any]] | None = None,
+    task: Task = SINGLE_LABEL,
 ) -> Memory:
-    """Make the memory of decoded samples; label -1 becomes a missing one.
+    """Make the memory of decoded samples, labelled or not.
 
     Args:
         data: n samples.
@@ -181,9 +191,10 @@ def remember(
         roles: n roles.
         regime: the world that they came from.
         about: sample id to what came with it, which JSON can hold.
+        task: tells what labels mean.
     """
     about = about or {}
-    labels = [None if label < 0 else classes[label] for label in data.labels.tolist()]
+    labels = task.texts(data.labels, classes)
     return Memory(
         pd.DataFrame(
             {
@@ -198,6 +209,10 @@ def remember(
             }
         )
     )
+
+
+def _texts(labels: pd.Series) -> list[str | None]:
+    return [None if pd.isna(label) else str(label) for label in labels]
 
 
 def _place(sample_id: str) -> str:

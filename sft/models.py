@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sft.batchnorm import BatchNormError, with_domains
 from sft.pictures import Preprocessing
+from sft.tasks import SINGLE_LABEL, Task, from_json, to_json
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -40,12 +41,13 @@ class ModelConfig:
 
     Attributes:
         architecture: a torchvision name, `small_cnn`, `mlp`, or `package.module:function`.
-        classes: class names in the order of the head's outputs.
+        classes: names in the order of the head's outputs: of classes, labels or targets.
         preprocessing: how a picture becomes a tensor.
         mean, std: per channel, on pixels scaled to [0, 1].
         members: bodies that answer together; more than one make an ensemble.
         domains: sets of batch-norm statistics in each body; more than one make a bank, see
             `sft.batchnorm`.
+        task: what the outputs mean.
     """
 
     architecture: str
@@ -53,13 +55,16 @@ class ModelConfig:
     preprocessing: Preprocessing
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    task: Task = SINGLE_LABEL
     members: int = 1
     domains: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be a classifier's configuration."""
-        if len(self.classes) < 2:  # noqa: PLR2004 - one class leaves nothing to decide
-            raise ModelError(f"a classifier needs at least 2 classes, got {list(self.classes)}")
+        """Refuse what cannot be a network's configuration."""
+        try:
+            self.task.refuse(self.classes)
+        except ValueError as error:
+            raise ModelError(str(error)) from error
         if len(set(self.classes)) != len(self.classes):
             raise ModelError(f"classes are named twice in {list(self.classes)}")
         channels = self.preprocessing.channels
@@ -86,8 +91,8 @@ class Ensemble(nn.Module):
 class Network(nn.Module):
     """A body whose last layer is the head, fed with uint8 pictures.
 
-    `forward` gives logits (n, classes); `embed` gives what the head sees and the probabilities, in
-    one pass.
+    `forward` gives logits (n, classes), or what stands for them in another task; `embed` gives what
+    the head sees and what the outputs mean, in one pass.
     """
 
     mean: Tensor
@@ -137,13 +142,16 @@ class Network(nn.Module):
         return embedding.flatten(1), logits
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Uint8 pictures to embeddings (n, d) and probabilities (n, classes), both float32."""
+        """Uint8 pictures to embeddings (n, d) and answers (n, classes), both float32.
+
+        Answers are probabilities, or the values of a regression.
+        """
         was_training = self.training
         self.eval()
         try:
             with torch.inference_mode():
                 embedding, logits = self.features(pixels)
-                return embedding.float(), logits.float().softmax(dim=1)
+                return embedding.float(), self.config.task.answers(logits.float())
         finally:
             self.train(was_training)
 
@@ -239,9 +247,14 @@ def widen(network: Network, classes: Sequence[str], *, seed: int = 0) -> Network
     """Return a copy with a head for more classes; the rows of the old classes keep their weights.
 
     Raises:
-        ModelError: when an old class is missing from `classes`.
+        ModelError: when an old class is missing from `classes`, or the task has none that grow.
     """
     old = network.config.classes
+    if not network.config.task.grows:
+        raise ModelError(
+            f"the targets of a {network.config.task.name} cannot grow: bootstrap a new model with"
+            f" {list(classes)}"
+        )
     if missing := [name for name in old if name not in classes]:
         raise ModelError(f"a widened head keeps every old class; missing: {missing}")
     config = replace(network.config, classes=(*old, *(c for c in classes if c not in old)))
@@ -271,6 +284,7 @@ def save(network: Network, folder: Path) -> None:
     }
     save_file(state, folder / WEIGHTS_FILE)
     config = asdict(network.config)
+    config["task"] = to_json(network.config.task)
     config["weights_sha256"] = _sha256(folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -287,6 +301,7 @@ def read_config(folder: Path) -> ModelConfig:
             std=tuple(float(value) for value in raw["std"]),
             members=int(raw.get("members", 1)),  # versions from before ensembles and banks lack it
             domains=int(raw.get("domains", 1)),
+            task=from_json(raw.get("task")),
         )
     except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, or refused
         raise ModelError(

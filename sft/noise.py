@@ -160,16 +160,7 @@ def judge_labels(
     x, given, champion = _checked(embeddings, labels, champion_probabilities, classes)
     counts = np.bincount(given, minlength=len(classes))
     if reason := _cannot_judge(counts, settings):
-        return LabelVerdict(
-            judged=False,
-            suspicious=np.zeros(len(given), dtype=bool),
-            likely=given.copy(),
-            doubt=np.zeros(len(given)),
-            share=math.nan,
-            interval=(0.0, 1.0),
-            stop=False,
-            words=f"cannot judge the labels: {reason}",
-        )
+        return not_judged(given, f"cannot judge the labels: {reason}")
     rng = np.random.default_rng(seed)
     old_x, old_y = _drawn(old_embeddings, old_labels, x.shape[1], len(classes), rng)
     scores = np.empty((len(given), len(classes)))
@@ -179,6 +170,20 @@ def judge_labels(
     agreement = _agreement(scores, given)
     return _verdict(
         agreement, _mixed_up(champion, given, classes), suspicious, likely, doubt, settings
+    )
+
+
+def not_judged(given: Integers, words: str) -> LabelVerdict:
+    """Say nothing of labels (n,), and why."""
+    return LabelVerdict(
+        judged=False,
+        suspicious=np.zeros(len(given), dtype=bool),
+        likely=given.copy(),
+        doubt=np.zeros(len(given)),
+        share=math.nan,
+        interval=(0.0, 1.0),
+        stop=False,
+        words=words,
     )
 
 

@@ -110,12 +110,27 @@ class EWC(_Held):
         return (self.fisher[name] * squares).sum()
 
 
+def likelihood(logits: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Give the log-likelihood of one sample's class, a scalar.
+
+    Args:
+        logits: (1, classes), with gradient.
+        labels: int64 (1,); None draws a class from the logits.
+        generator: of the draw.
+    """
+    log_odds = logits.log_softmax(1)[0]
+    if labels is None:
+        return log_odds[torch.multinomial(log_odds.detach().exp(), 1, generator=generator)[0]]
+    return log_odds[labels[0]]
+
+
 def fisher(
     network: nn.Module,
     pixels: Tensor,
     labels: Tensor | None = None,
     *,
     generator: torch.Generator | None = None,
+    likelihood: Callable[[Tensor, Tensor | None, torch.Generator | None], Tensor] = likelihood,
 ) -> dict[str, Tensor]:
     """Estimate the diagonal of the Fisher information on old samples, one backward pass each.
 
@@ -129,8 +144,9 @@ def fisher(
     Args:
         network: the champion.
         pixels: what it is given, (n, …); 200 samples are many.
-        labels: int64 (n,), for the empirical Fisher information.
+        labels: (n, …), for the empirical Fisher information.
         generator: of the drawn labels.
+        likelihood: the log-likelihood of one sample, of its label or of one that it draws.
 
     Returns:
         For each parameter that requires a gradient, a tensor of its shape.
@@ -146,13 +162,11 @@ def fisher(
     total = {name: torch.zeros_like(weight) for name, weight in moving.items()}
     with evaluating(network):
         for place in range(len(pixels)):
-            log_odds = network(pixels[place : place + 1]).log_softmax(1)[0]
-            if labels is None:
-                drawn = torch.multinomial(log_odds.detach().exp(), 1, generator=generator)[0]
-            else:
-                drawn = labels[place]
+            one = slice(place, place + 1)
+            label = None if labels is None else labels[one]
+            log_likelihood = likelihood(network(pixels[one]), label, generator)
             gradients = torch.autograd.grad(
-                log_odds[drawn], list(moving.values()), allow_unused=True
+                log_likelihood, list(moving.values()), allow_unused=True
             )
             for name, gradient in zip(moving, gradients, strict=True):
                 if gradient is not None:
@@ -187,16 +201,29 @@ class Teacher:
         return self._last[1]
 
 
+def divergence(learned: Tensor, taught: Tensor) -> Tensor:
+    """KL(taught ‖ learned) of the softmaxes of logits (n, classes), the mean over samples."""
+    before, now = taught.log_softmax(1), learned.log_softmax(1)
+    return functional.kl_div(now, before, reduction="batchmean", log_target=True)
+
+
 class Distillation:
     """λ·T²·KL(champion ‖ network) at temperature T (Li and Hoiem 2016, LwF; Hinton et al. 2015).
 
     Over all samples of the batch, fresh ones too: that is where it needs no old data. Only the
     champion's classes are compared, as they stand first in a widened head. A champion that is wrong
     about the fresh world teaches its mistakes there; `only_old` restricts it to rehearsed samples.
+    Other tasks than one class of several have another `divergence` of outputs.
     """
 
     def __init__(
-        self, teacher: Teacher, strength: float, *, temperature: float = 2.0, only_old: bool = False
+        self,
+        teacher: Teacher,
+        strength: float,
+        *,
+        temperature: float = 2.0,
+        only_old: bool = False,
+        divergence: Callable[[Tensor, Tensor], Tensor] = divergence,
     ) -> None:
         if strength < 0:
             raise ValueError(f"distillation must not be negative, got {strength}")
@@ -206,6 +233,7 @@ class Distillation:
         self.strength = strength
         self.temperature = temperature
         self.only_old = only_old
+        self.divergence = divergence
 
     def __call__(
         self, network: nn.Module, pixels: Tensor, logits: Tensor, is_old: Tensor
@@ -218,9 +246,7 @@ class Distillation:
             taught, learned = taught[is_old], learned[is_old]
         if not len(taught):
             return logits.new_zeros(())
-        before = (taught / self.temperature).log_softmax(1)
-        now = (learned / self.temperature).log_softmax(1)
-        divergence = functional.kl_div(now, before, reduction="batchmean", log_target=True)
+        divergence = self.divergence(learned / self.temperature, taught / self.temperature)
         return self.strength * self.temperature**2 * divergence
 
 

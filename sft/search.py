@@ -19,6 +19,7 @@ from sft.evaluate import mean_loss
 from sft.models import Network
 from sft.ranges import positive
 from sft.strategies import Strategy, boundary, phases
+from sft.tasks import Task
 from sft.train import TrainingError, TrainingSettings, fine_tune
 
 SEARCHABLE = (
@@ -156,11 +157,12 @@ def search(
     candidates = _candidates(grid)
     if memory is not None and not len(memory):
         memory = None
-    parts = _folds(fresh, memory, folds)
+    parts = _folds(fresh, memory, folds, network.config.task)
     clock = _Clock(now, now() + budget_seconds)
     head = _head_only(settings)
     tail, embed = _frozen_part(network, head, cache or ActivationCache())
-    embedded = _folds(embed(fresh), None if memory is None else embed(memory), folds)
+    old = None if memory is None else embed(memory)
+    embedded = _folds(embed(fresh), old, folds, network.config.task)
     race = _Race(tail, head, embedded, candidates, clock)
     race.run()
     tried = race.table(Strategy.HEAD)
@@ -310,7 +312,9 @@ def _candidates(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _folds(fresh: LabelledPictures, memory: LabelledPictures | None, folds: int) -> list[_Fold]:
+def _folds(
+    fresh: LabelledPictures, memory: LabelledPictures | None, folds: int, task: Task
+) -> list[_Fold]:
     """Make the folds that can be learned from and tested on."""
     if folds < 2:  # noqa: PLR2004 - one to learn from, one to test on
         raise SearchError(f"folds must be at least 2, got {folds}")
@@ -318,10 +322,8 @@ def _folds(fresh: LabelledPictures, memory: LabelledPictures | None, folds: int)
     for fold in range(folds):
         kept, out = _leave_out(fresh, fold, folds)
         old_kept, old_out = (None, None) if memory is None else _leave_out(memory, fold, folds)
-        learned = set(kept.labels.tolist())
-        if old_kept is not None:
-            learned |= set(old_kept.labels.tolist())
-        if len(kept) and len(out) and len(learned) > 1:
+        learned = kept.labels if old_kept is None else torch.cat([kept.labels, old_kept.labels])
+        if len(kept) and len(out) and not task.unlearnable(learned):
             parts.append(_Fold(kept, old_kept, out, old_out))
     if len(parts) < 2:  # noqa: PLR2004
         raise SearchError(

@@ -1,4 +1,4 @@
-"""A saved network as a service: pictures in, class names and probabilities out.
+"""A saved network as a service: pictures in, answers by name out.
 
 MLflow calls `_load_pyfunc` when a version is loaded through `mlflow.pyfunc`; nothing here imports
 MLflow. Loading runs no code of the model's files.
@@ -34,7 +34,7 @@ class Classifier:
         model_input: pd.DataFrame | np.ndarray[Any, Any] | Sequence[str | bytes],
         params: Mapping[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Predict a class for each picture.
+        """Answer each picture.
 
         Args:
             model_input: a frame with one column `image` (or its first column) or a list, of
@@ -42,26 +42,18 @@ class Classifier:
             params: taken for MLflow's sake; there are none.
 
         Returns:
-            A frame with `class`, `confidence`, and `probabilities` (class name to probability).
+            A frame with a row a picture: `class`, `confidence`, and `probabilities` (class name to
+            probability); with several labels, `labels` (a list) and `probabilities`; of a
+            regression, `values` (target name to value).
 
         Raises:
             ValueError: names the first picture that cannot be read, by its place.
         """
         del params
         pixels = self._pixels(model_input)
-        classes = self.network.config.classes
-        chunks = [self.network.embed(chunk)[1] for chunk in pixels.split(256)]
-        table = torch.cat(chunks).numpy()
-        best = table.argmax(axis=1)
-        return pd.DataFrame(
-            {
-                "class": [classes[index] for index in best],
-                "confidence": table.max(axis=1).astype(float),
-                "probabilities": [
-                    dict(zip(classes, map(float, row), strict=True)) for row in table
-                ],
-            }
-        )
+        config = self.network.config
+        answers = torch.cat([self.network.embed(chunk)[1] for chunk in pixels.split(256)])
+        return pd.DataFrame(config.task.served(answers, config.classes))
 
     def _pixels(
         self, model_input: pd.DataFrame | np.ndarray[Any, Any] | Sequence[str | bytes]

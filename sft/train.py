@@ -23,18 +23,7 @@ from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
 from sft.evaluate import mean_loss
 from sft.models import Network
-from sft.objectives import (
-    EWC,
-    L2SP,
-    DarkExperience,
-    Distillation,
-    Penalty,
-    Teacher,
-    class_weights,
-    fisher,
-    soft_cross_entropy,
-    soft_targets,
-)
+from sft.objectives import EWC, L2SP, DarkExperience, Distillation, Penalty, Teacher, fisher
 from sft.ranges import at_least_one, below_one, not_negative, positive
 from sft.schedules import RateSettings, make_optimiser, make_schedule
 from sft.strategies import (
@@ -47,6 +36,7 @@ from sft.strategies import (
     phases,
     training_mode,
 )
+from sft.tasks import Task
 
 FISHER_SAMPLES = 200
 """Old samples that EWC's Fisher information is estimated on: one backward pass each."""
@@ -79,8 +69,10 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation, AfterSettin
         rehearsal: share of each batch that is old samples.
         l2_sp, ewc, distillation, temperature, dark_experience: strengths of the terms of L_pre that
             hold the champion's weights or answers; see `sft.objectives`. 0 turns one off.
-        class_weights: each class counts the same in the loss.
-        balanced: each class is drawn equally often, with repetition.
+        class_weights: each class counts the same in the loss; of several labels, the presence of
+            each as much as its absence. A regression has none.
+        balanced: each class is drawn equally often, with repetition; of several labels, samples in
+            the measure in which the rarest of theirs is rare. A regression refuses it.
         label_smoothing, mixup, dropout: against overfitting; `dropout` acts before the head.
         freeze_batch_norm: keep the champion's batch-norm statistics.
         views: augmented views of each picture that are kept where a part is frozen and runs once;
@@ -199,7 +191,8 @@ def fine_tune(
     if memory is not None and not len(memory):
         memory = None
     rehearsed = memory if settings.rehearsal else None
-    _check_labels(fresh, rehearsed)
+    _check_labels(fresh, rehearsed, start.config.task)
+    _check_settings(settings, start.config.task)
     network, champion = copy.deepcopy(start), anchor or start
     network.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -263,8 +256,21 @@ class _Job:
     @cached_property
     def counts(self) -> Tensor:
         """Samples of each class to train on, int64 (classes,)."""
-        labels = _labels(self.fresh, self.rehearsed)
-        return torch.bincount(labels, minlength=len(self.network.config.classes))
+        return self.task.counts(_labels(self.fresh, self.rehearsed), self.outputs)
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return self.network.config.task
+
+    @property
+    def outputs(self) -> int:
+        """How many the head has."""
+        return len(self.network.config.classes)
+
+    def strength(self, labels: Tensor) -> Tensor:
+        """Say how far each sample is augmented, (n,)."""
+        return strengths(self.task.alike(labels, self.counts), self.counts, self.settings.rare)
 
     @property
     def steps(self) -> int:
@@ -320,7 +326,7 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
     Raises:
         _NotFiniteError: before a step that would spoil the weights.
     """
-    settings, network = job.settings, job.network
+    settings, network, task = job.settings, job.network, job.task
     losses: list[float] = []
     for pixels, labels, is_old in batches(
         job.fresh,
@@ -329,14 +335,13 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         rehearsal=settings.rehearsal,
         generator=job.generator,
         balanced=settings.balanced,
+        task=task,
     ):
-        strength = strengths(labels, job.counts, settings.rare)
-        seen = augment(pixels, settings, job.generator, strength)
-        classes = len(network.config.classes)
-        targets = soft_targets(labels, classes, smoothing=settings.label_smoothing)
+        seen = augment(pixels, settings, job.generator, job.strength(labels))
+        targets = task.targets(labels, job.outputs, smoothing=settings.label_smoothing)
         seen, targets = mixup(seen, targets, settings.mixup, job.generator)
         logits = network(seen)
-        loss = soft_cross_entropy(logits, targets, job.weights)
+        loss = task.loss(logits, targets, job.weights)
         for term in job.terms:
             loss = loss + term(network, seen, logits, is_old)
         optimiser.zero_grad(set_to_none=True)
@@ -366,8 +371,7 @@ def _cached(
         return [job], validation
 
     def change(data: LabelledPictures, generator: torch.Generator) -> Tensor:
-        strength = strengths(data.labels, job.counts, settings.rare)
-        return augment(data.pixels, settings, generator, strength)
+        return augment(data.pixels, settings, generator, job.strength(data.labels))
 
     part = cut(
         job.network,
@@ -421,7 +425,9 @@ def _terms(
         terms.append(L2SP(start, settings.l2_sp))
     if settings.ewc:
         old = memory.pixels[:FISHER_SAMPLES] if memory is not None else torch.empty(0)
-        terms.append(EWC(start, fisher(champion, old, generator=generator), settings.ewc))
+        likelihood = champion.config.task.likelihood
+        found = fisher(champion, old, generator=generator, likelihood=likelihood)
+        terms.append(EWC(start, found, settings.ewc))
     return [*terms, *_answer_terms(champion, settings)]
 
 
@@ -429,7 +435,14 @@ def _answer_terms(champion: Network, settings: TrainingSettings) -> list[Penalty
     """Make those that hold the champion's answers; it is given what the network is given."""
     teacher, terms = Teacher(champion), list[Penalty]()
     if settings.distillation:
-        terms.append(Distillation(teacher, settings.distillation, temperature=settings.temperature))
+        terms.append(
+            Distillation(
+                teacher,
+                settings.distillation,
+                temperature=settings.temperature,
+                divergence=champion.config.task.divergence,
+            )
+        )
     if settings.dark_experience:
         terms.append(DarkExperience(teacher, settings.dark_experience))
     return terms
@@ -450,11 +463,21 @@ def _dropout(network: Network, p: float) -> Iterator[None]:
         hook.remove()
 
 
-def _check_labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> None:
+def _check_labels(fresh: LabelledPictures, memory: LabelledPictures | None, task: Task) -> None:
     if not len(fresh):
         raise TrainingError("there is no fresh sample to train on")
-    if len(_labels(fresh, memory).unique()) < 2:  # noqa: PLR2004 - one class leaves nothing to learn
-        raise TrainingError("the labels are of one class only: nothing can be learned from them")
+    if why := task.unlearnable(_labels(fresh, memory)):
+        raise TrainingError(why)
+
+
+def _check_settings(settings: TrainingSettings, task: Task) -> None:
+    defaults = TrainingSettings()
+    for name in task.unfit:
+        if getattr(settings, name) != getattr(defaults, name):
+            raise TrainingError(
+                f"{name} = {getattr(settings, name)!r} makes no sense for a {task.name}: leave it"
+                f" at {getattr(defaults, name)!r}"
+            )
 
 
 def _loss_weights(
@@ -465,7 +488,7 @@ def _loss_weights(
 ) -> Tensor | None:
     if not settings.class_weights:
         return None
-    return class_weights(_labels(fresh, memory), len(network.config.classes))
+    return network.config.task.weights(_labels(fresh, memory), len(network.config.classes))
 
 
 def _labels(fresh: LabelledPictures, memory: LabelledPictures | None) -> Tensor:

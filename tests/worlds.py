@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ SETTINGS = """\
 name = "{name}"
 architecture = "small_cnn"
 channels = 1
+
 
 [bootstrap]
 epochs = 40
@@ -52,8 +54,13 @@ class World:
 
         return load_settings(self.path, environ={})
 
-    def arrive(self, *numbers: int, labelled: bool = False) -> list[str]:
-        """Let batches of 100 optical digits arrive, with labels if wanted; return their ids."""
+    def arrive(
+        self, *numbers: int, labelled: bool = False, label: Callable[[int], str] = str
+    ) -> list[str]:
+        """Let batches of 100 optical digits arrive, with labels if wanted; return their ids.
+
+        `label` writes the label of a digit.
+        """
         from flows import demo
 
         digits = demo._optical()
@@ -62,13 +69,26 @@ class World:
         if labelled:
             path = self.path.parent / "labels" / f"{'-'.join(ids)}.csv"
             demo._label_late(path, feed, digits, ids)
+            header, *rows = path.read_text().splitlines()
+            cut = (row.rpartition(",") for row in rows)
+            text = [f"{sample},{label(int(digit))}" for sample, _, digit in cut]
+            path.write_text("\n".join([header, *text, ""]))
         return ids
 
 
-def make_world(root: Path, name: str, extra: str = "", change: tuple[str, str] = ("", "")) -> World:
-    """Make a model folder by the real `bootstrap` flow.
+def make_world(
+    root: Path,
+    name: str,
+    extra: str = "",
+    *,
+    model: str = "",
+    change: tuple[str, str] = ("", ""),
+    label: Callable[[int], str] | None = None,
+) -> World:
+    """Make a model folder by the real `bootstrap` flow; `extra` is more TOML.
 
-    `extra` is more TOML, and `change` what is replaced in that of the others, and by what.
+    With `label`, which writes the label of a digit, labels come in a metadata file; `model` is
+    more of the section [model], and `change` what is replaced in the settings, and by what.
     """
     from flows import demo
     from flows.bootstrap import bootstrap
@@ -76,8 +96,14 @@ def make_world(root: Path, name: str, extra: str = "", change: tuple[str, str] =
     (root / "feed").mkdir(parents=True)
     (root / "labels").mkdir()
     path = root / "sustain.toml"
-    path.write_text(SETTINGS.format(name=name).replace(*change) + extra)
-    demo._write_class_folders(root / "first", demo._mnist()[:400])
+    text = SETTINGS.format(name=name).replace(*change) + extra
+    path.write_text(text.replace("[bootstrap]", f"{model}\n[bootstrap]", 1))
+    digits = demo._mnist()[:400]
+    demo._write_class_folders(root / "first", digits)
+    if label is not None:
+        rows = [f"{d}/{i:05d}.png,{label(int(d))}" for i, d in enumerate(digits.labels)]
+        text = "\n".join(["file_name,label", *rows, ""])
+        (root / "first" / "metadata.csv").write_text(text)
     bootstrap(str(path), data=str(root / "first"))
     return World(path)
 

@@ -188,7 +188,9 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_the_version_serves_and_can_be_trained_again(registry: Registry) -> None:
+def test_the_version_serves_and_can_be_trained_again(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`models:/digits@champion` answers base64 and arrays alike, and can be trained on."""
     import base64
     import io
@@ -201,8 +203,7 @@ def test_the_version_serves_and_can_be_trained_again(registry: Registry) -> None
 
     from flows.demo import _mnist
 
-    mlflow.set_registry_uri(registry.uri)
-    mlflow.set_tracking_uri(registry.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.uri)  # set_tracking_uri would outlast this
     served = mlflow.pyfunc.load_model("models:/digits@champion")
     pictures = _mnist().pictures[-8:]
     encoded = []

@@ -46,7 +46,10 @@ def test_an_ensemble_is_promoted_served_and_watched(
         tmp_path / "ensemble",
         "ensemble",
         "\n[search]\nenabled = true\nfolds = 2\ngrid = { learning_rate = [1e-6, 3e-3] }\n",
-        ("[training]\nepochs = 40", '[training]\nepochs = 10\nafter = "ensemble"\nmembers = 2'),
+        change=(
+            "[training]\nepochs = 40",
+            '[training]\nepochs = 10\nafter = "ensemble"\nmembers = 2',
+        ),
     )
     world.arrive(0, labelled=True)
     assert retrain(str(world.path)).promoted
@@ -74,7 +77,7 @@ def test_a_challenger_without_labels_waits_for_them_and_serves(
         tmp_path / "bank",
         "bank",
         "\n[adaptation]\nenabled = true\n",
-        ("small_cnn", "samples:batch_norm_net"),
+        change=("small_cnn", "samples:batch_norm_net"),
     )
     with pytest.raises(AdaptError, match="no batch of the feed rang against version 1"):
         adapt(str(world.path))

@@ -264,24 +264,20 @@ def test_a_reference_without_labels_is_refused(world: World) -> None:
 
 def test_settling() -> None:
     """Labels that are there give accuracy, the exact interval and the estimate's error."""
-    predicted = np.zeros(25, dtype=np.int64)
-    labels = np.array([0] * 18 + [1] * 2 + [-1] * 5)
-    settlement = settle(0.95, predicted, labels)
+    settlement = settle(0.95, np.array([True] * 18 + [False] * 2))
     assert (settlement.n, settlement.accuracy, settlement.estimated) == (20, 0.9, 0.95)
     assert settlement.error == pytest.approx(0.05)
     # Clopper and Pearson's interval for 18 of 20, from published tables
     assert (round(settlement.low, 3), round(settlement.high, 3)) == (0.683, 0.988)
-    perfect = settle(1.0, predicted[:3], labels[:3])
+    perfect = settle(1.0, np.ones(3, dtype=np.bool_))
     assert perfect.high == 1
     assert perfect.low == pytest.approx(0.025 ** (1 / 3))
 
 
 def test_settling_nothing_is_an_error() -> None:
-    """No label, and lengths that differ, are errors with figures."""
-    with pytest.raises(ValueError, match="none of 2 samples"):
-        settle(0.9, np.zeros(2, dtype=np.int64), np.full(2, -1))
-    with pytest.raises(ValueError, match="2 predictions cannot be held against 3 labels"):
-        settle(0.9, np.zeros(2, dtype=np.int64), np.zeros(3, dtype=np.int64))
+    """Without a label there is nothing to hold the estimate against."""
+    with pytest.raises(ValueError, match="no sample has a label"):
+        settle(0.9, np.zeros(0, dtype=np.bool_))
 
 
 def test_the_record_of_past_estimates() -> None:

@@ -28,7 +28,7 @@ def test_scores_by_hand() -> None:
         "x": pytest.approx(2 / 3),
         "y": pytest.approx(1 / 3),
     }
-    assert confusion(given, 3).tolist() == [[2, 1, 0], [1, 1, 1], [0, 0, 0]]
+    assert confusion(given, ("a", "b", "c")).tolist() == [[2, 1, 0], [1, 1, 1], [0, 0, 0]]
 
 
 def test_nothing_answered_has_no_accuracy() -> None:
@@ -36,7 +36,7 @@ def test_nothing_answered_has_no_accuracy() -> None:
     given = answers([], [])
     assert math.isnan(given.accuracy)
     assert given.per_class(("x", "y")) == {}
-    assert confusion(given, 2).tolist() == [[0, 0], [0, 0]]
+    assert confusion(given, ("a", "b")).tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])

@@ -1,0 +1,157 @@
+"""`sustain webhook`: MLflow tells of a moved alias, and it takes effect in seconds.
+
+Without it a move takes effect at the next check: the receiver only runs `sustain watch` early.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+
+from flows.registry import Registry
+from flows.settings import Settings
+
+SECRET = "WEBHOOK_SECRET"  # noqa: S105 - the variable's name
+FRESH = timedelta(minutes=5)
+"""How far a message's time may be off: clocks differ, and MLflow tries again for a minute."""
+MAX_BYTES = 65_536
+
+
+class WebhookError(RuntimeError):
+    """The receiver cannot run; the message names the way out."""
+
+
+class Refused(Exception):  # noqa: N818 - carries the reason, and the status that says it
+    """A message that is not believed."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+@dataclass
+class Gatekeeper:
+    """Believes a message that MLflow signed, once.
+
+    Attributes:
+        secret: that MLflow signs with.
+        seen: ids of the messages of the last minutes, and when they came.
+    """
+
+    secret: str
+    seen: dict[str, datetime] = field(default_factory=dict)
+
+    def admit(self, headers: Mapping[str, str], body: bytes, now: datetime) -> dict[str, Any]:
+        """Return what a message says.
+
+        Args:
+            headers: its headers, by names in lower case.
+            body: as it came.
+            now: the time.
+
+        Raises:
+            Refused: it was not signed with the secret, is too old, or came before.
+        """
+        delivery = headers.get("x-mlflow-delivery-id", "")
+        sent = headers.get("x-mlflow-timestamp", "")
+        signature = headers.get("x-mlflow-signature", "")
+        if not hmac.compare_digest(signature.encode(), sign(self.secret, delivery, sent, body)):
+            raise Refused(401, "the signature is not MLflow's")
+        try:
+            moment = datetime.fromtimestamp(int(sent), UTC)
+            told = json.loads(body)
+        except (ValueError, OverflowError, OSError) as error:
+            raise Refused(400, "the message is not MLflow's form") from error
+        if abs(now - moment) > FRESH:
+            raise Refused(401, "the message is too old, or from the future: compare the clocks")
+        self.seen = {name: at for name, at in self.seen.items() if now - at <= 2 * FRESH}
+        if delivery in self.seen:
+            raise Refused(409, "the message came before")
+        self.seen[delivery] = now
+        return dict(told) if isinstance(told, dict) else {}
+
+
+def sign(secret: str, delivery: str, sent: str, body: bytes) -> bytes:
+    """Sign as MLflow does: `v1,` and the base64 of HMAC-SHA256 over `id.time.body`."""
+    message = f"{delivery}.{sent}.".encode() + body
+    digest = hmac.new(secret.encode(), message, hashlib.sha256).digest()
+    return b"v1," + base64.b64encode(digest)
+
+
+class Watcher:
+    """Runs `sustain watch`, one at a time; what is asked for meanwhile is one more run after it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.command = [sys.executable, "-m", "flows.cli", "watch", "-s", str(settings.path)]
+        self.wanted = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def ask(self) -> None:
+        """Ask for a run, soon."""
+        self.wanted.set()
+
+    def _run(self) -> None:
+        while True:
+            self.wanted.wait()
+            self.wanted.clear()
+            subprocess.run(self.command, check=False)  # noqa: S603 - our own command line
+
+
+def make_app(settings: Settings, gatekeeper: Gatekeeper, watcher: Watcher) -> FastAPI:
+    """Make the receiver: POST /mlflow, and GET /health."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/health")
+    def health() -> str:
+        return "OK"
+
+    @app.post("/mlflow")
+    async def moved(request: Request) -> Response:
+        if int(request.headers.get("content-length") or MAX_BYTES + 1) > MAX_BYTES:
+            raise HTTPException(413, "a message of MLflow's is shorter")
+        try:
+            told = gatekeeper.admit(request.headers, await request.body(), datetime.now(UTC))
+        except Refused as refused:
+            raise HTTPException(refused.status, str(refused)) from refused
+        data = told.get("data")
+        if isinstance(data, dict) and data.get("name") == settings.model.name:
+            watcher.ask()
+        return Response(status_code=202)
+
+    return app
+
+
+def serve(settings: Settings, port: int, *, register: str = "") -> None:
+    """Receive until it is stopped.
+
+    Args:
+        settings: the model's.
+        port: on loopback; put a proxy with TLS before it to be reached from elsewhere.
+        register: the receiver's address as MLflow's server sees it; MLflow is told to call it.
+
+    Raises:
+        WebhookError: there is no secret in the environment.
+    """
+    secret = os.environ.get(SECRET, "")
+    if not secret:
+        raise WebhookError(
+            f"the environment variable {SECRET} is not set: MLflow signs its messages with it, and"
+            " nobody else's are believed (openssl rand -hex 32)"
+        )
+    if register:
+        Registry(settings).call_on_moves(f"{register.rstrip('/')}/mlflow", secret)
+    app = make_app(settings, Gatekeeper(secret), Watcher(settings))
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
