@@ -161,13 +161,13 @@ def drift_to_adapt_to(
 ) -> CheckRecord | None:
     """Return the newest check that asks for labels, if the settings want it adapted to now.
 
-    One challenger is made for each champion; what came of it is on the check.
+    One challenger is made, and judged, for each champion; what came of it is on the check.
     """
     asking = [r for r in finished if r.alarm and r.action == Action.ASK_FOR_LABELS.value]
     if not settings.adaptation.enabled or not asking or ADAPTED in asking[-1].tags:
         return None
     children = [v for v in registry.versions() if v.parent == champion.number]
-    return None if any(v.adapted for v in children) else asking[-1]
+    return None if any(v.adapted and v.verdict is not None for v in children) else asking[-1]
 
 
 def judgeable(registry: Registry, champion: Version, labels: Labels) -> Version | None:
