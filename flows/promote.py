@@ -75,7 +75,7 @@ def promote(settings_path: str, version: int | None = None, why: str | None = No
     judged = candidate.verdict is not None and candidate.verdict_against == champion.number
     late = late_labels(registry, settings, candidate)
     if not judged or labels_came(registry, candidate, champion, late):
-        # never judged, or since then the champion moved (a verdict holds against one) or labels came
+        # never judged, or since then labels came or the champion moved: a verdict is against one
         candidate = judge_version(registry, settings, candidate, champion, late)
     outcome, reason = candidate.verdict or "", candidate.tags.get("verdict_reason", "")
     if why is None and candidate.rolled_back:
