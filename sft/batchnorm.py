@@ -30,6 +30,7 @@ not, 20 % became 31 and 25.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -167,7 +168,7 @@ class DomainNorm(nn.Module):
         channel from having a say.
         """
         with torch.no_grad():
-            places = inputs.float().reshape(*inputs.shape[:2], -1)
+            places = inputs.float().reshape(*inputs.shape[:2], math.prod(inputs.shape[2:]))
             floor = LOG_FLOOR * self.running_var[0].sqrt() + self.eps
             return torch.cat([places.mean(2), (places.std(2, correction=0) + floor).log()], dim=1)
 

@@ -89,6 +89,7 @@ def test_a_bank_is_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
     for one, other in zip(bank().embed(mixed), again.embed(mixed), strict=True):
         assert one.equal(other)
     assert again.config == bank().config
+    assert again.embed(mixed[:0])[1].shape == (0, 10)  # as a hold-out without a label is answered
 
 
 def test_an_ensemble_is_adapted_member_by_member(tmp_path: Path) -> None:
