@@ -158,7 +158,7 @@ class DomainNorm(nn.Module):
         offset = -self.running_mean * scale
         if self.bias is not None:
             offset = offset + self.bias
-        shape = (len(inputs), -1, *[1] * (inputs.ndim - 2))
+        shape = (*inputs.shape[:2], *[1] * (inputs.ndim - 2))
         return torch.addcmul(offset[domain].view(shape), inputs, scale[domain].view(shape))
 
     def signature(self, inputs: Tensor) -> Tensor:
