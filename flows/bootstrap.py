@@ -26,6 +26,7 @@ from flows.registry import CHAMPION, Registry, Version
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
 from flows.story import first_story
+from sft.after import tune
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import answer
@@ -41,7 +42,6 @@ from sft.models import (
 from sft.pictures import Preprocessing
 from sft.pixels import channel_statistics, take
 from sft.tasks import SINGLE_LABEL, TASKS, LabelError, Regression, Task
-from sft.train import fine_tune
 
 FIRST_REGIME = "first"
 
@@ -196,9 +196,10 @@ def _make(
     )
     registry.log(run_id, params={**asdict(settings.bootstrap), **asdict(settings.model)})
     if adopt is None:
-        bar = TrainingBar("training the first champion", len(train), settings.bootstrap.epochs)
+        total = settings.bootstrap.epochs * settings.bootstrap.runs
+        bar = TrainingBar("training the first champion", len(train), total)
         with bar:
-            tuned = fine_tune(
+            tuned = tune(
                 network,
                 train,
                 settings.bootstrap,

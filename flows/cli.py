@@ -178,6 +178,23 @@ def retrain(settings_file: Path, why: str) -> None:
 
 @main.command()
 @settings_option
+@click.option("--why", default="asked for by a person", help="For the record.")
+@told_plainly
+def adapt(settings_file: Path, why: str) -> None:
+    """Make a challenger without labels, from the batches that rang, and let the gate judge it.
+
+    The champion keeps its weights and gets batch-norm statistics of the new pictures, as
+    [adaptation] says. Without labels it waits for a verdict; `sustain promote --why` promotes it
+    before one.
+    """
+    settings = _begin(settings_file)
+    from flows.adapt import adapt as flow
+
+    console.print(flow(str(settings.path), cause=why).words, markup=False)
+
+
+@main.command()
+@settings_option
 @click.option("--version", type=int, help="By default the one with the alias challenger.")
 @click.option("--why", help="Promote whatever the gate says, for this reason.")
 @told_plainly

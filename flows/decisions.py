@@ -114,8 +114,9 @@ def read_history(
     again.
     """
     versions = registry.versions()
-    children = [v for v in versions if v.parent == champion.number]
-    trained = [v for v in versions if v.parent is not None]
+    made = [v for v in versions if not v.adapted]  # from labels
+    children = [v for v in made if v.parent == champion.number]
+    trained = [v for v in made if v.parent is not None]
     last = max((v.created for v in children), default=None)
     arrived = {batch.id: batch.arrived for batch in batches}
     since = max(v.created for v in (champion, *children))

@@ -159,6 +159,12 @@ def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:
     return FreshSet(labels.table[fresh].reset_index(drop=True))
 
 
+def held_out_labels(labels: Labels) -> dict[str, str]:
+    """Return sample id to label for those that no version ever trains on."""
+    pairs = zip(labels.table["sample_id"], labels.table["label"], strict=True)
+    return {name: label for name, label in pairs if role_of(name) is Role.HOLDOUT}
+
+
 def labels_needed(fresh: FreshSet, settings: Settings) -> int:
     """Say how many fresh labels a retraining takes.
 
@@ -177,6 +183,7 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "champion": champion,
         "fresh": fresh.digest,
         "training": asdict(settings.training),
+        "search": asdict(settings.search) if settings.search.enabled else None,
         "noise": asdict(settings.noise),
         "memory": settings.memory.carried,
         "classes": settings.model.classes,

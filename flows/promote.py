@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from prefect import flow
 
+from flows.feed import list_batches
+from flows.fresh import gather_labels, held_out_labels
 from flows.history import show_in_prefect
 from flows.registry import (
     CHALLENGER,
@@ -27,7 +30,7 @@ from flows.scores import per_class, worst_classes
 from flows.settings import Settings, load_settings
 from flows.story import story
 from monitoring.features import number_text
-from sft.dataset import LabelledPictures, Role, join
+from sft.dataset import HOLDOUT_SHARE, LabelledPictures, Role, join
 from sft.evaluate import Answers, answer
 from sft.footprint import largest_change, latency_ratio, weight_bytes
 from sft.gate import Outcome, Pair, Serving, Verdict, judge
@@ -102,10 +105,15 @@ def promote(
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")
-    judged_now = candidate.verdict is None or candidate.verdict_against != champion.number
+    late = late_labels(registry, settings, candidate)
+    judged_now = (
+        candidate.verdict is None
+        or candidate.verdict_against != champion.number
+        or labels_came(registry, candidate, champion, late)
+    )
     if judged_now:
-        # never judged, or the champion moved since: a verdict holds only against one champion
-        candidate = judge_version(registry, settings, candidate, champion)
+        # never judged, or since then labels came or the champion moved: a verdict is against one
+        candidate = judge_version(registry, settings, candidate, champion, late)
     outcome = candidate.verdict or ""
     reason = _since_its_parent(candidate, champion) + candidate.tags.get("verdict_reason", "")
     if why is None and candidate.rolled_back:
@@ -156,13 +164,17 @@ def _wait(registry: Registry, candidate: Version, champion: Version, reason: str
 
 
 def judge_version(
-    registry: Registry, settings: Settings, candidate: Version, champion: Version
+    registry: Registry,
+    settings: Settings,
+    candidate: Version,
+    champion: Version,
+    late: Mapping[str, str],
 ) -> Version:
     """Let both answer the same held-out samples, judge, and write the verdict on the version."""
     ours, theirs = registry.network(candidate), registry.network(champion)
     # by name, since two versions may order their classes differently, or know others
     classes = tuple(dict.fromkeys((*ours.config.classes, *theirs.config.classes)))
-    fresh, old = holdouts(registry, candidate, champion, classes, ours.config.preprocessing)
+    fresh, old = holdouts(registry, candidate, champion, classes, ours.config.preprocessing, late)
     told = _told(registry, candidate, champion) if settings.checks.slices else {}
     pairs = {
         name: Pair(
@@ -177,12 +189,12 @@ def judge_version(
         pairs["old"],
         settings.gate,
         classes=classes,
-        judged_before=_judged_before(registry, candidate, champion),
+        judged_before=_judged_before(registry, settings, candidate, champion),
         serving=_serving(registry, candidate, ours, theirs),
     )
     _log_scores(registry, candidate, champion, pairs, classes)
     _log_charts(registry, candidate, champion, pairs, fresh, classes)
-    _record(registry, candidate, champion, verdict)
+    _record(registry, candidate, champion, verdict, len(fresh))
     return registry.version(candidate.number)
 
 
@@ -225,13 +237,15 @@ def holdouts(
     champion: Version,
     classes: Sequence[str],
     preprocessing: Preprocessing,
+    late: Mapping[str, str],
 ) -> tuple[LabelledPictures, LabelledPictures]:
     """Return the fresh and the old hold-out of a candidate, neither ever trained on by anybody.
 
     Fresh is what the candidate's lineage holds out and the champion's does not know; the rest is
     old. Both come from the versions' memories, so they are there when the feed's data is gone.
+    `late` labels, by sample id, are of held-out samples that had none when they were remembered.
     """
-    memory: Memory = registry.memory(candidate)
+    memory: Memory = registry.memory(candidate).told(late)
     task = registry.config(candidate).task
     held = memory.labelled(Role.HOLDOUT, classes, preprocessing, task)
     known = set(registry.learned(champion)["sample_id"])
@@ -243,6 +257,35 @@ def holdouts(
     have = set(held.sample_ids)
     rest = earlier.take([i for i, name in enumerate(earlier.sample_ids) if name not in have])
     return fresh, join([old, rest])
+
+
+def late_labels(registry: Registry, settings: Settings, candidate: Version) -> dict[str, str]:
+    """Gather what labels tell by now about the held-out pictures of a version made without any."""
+    if not candidate.adapted:
+        return {}
+    batches = list_batches(settings.feed, settings.root)
+    config = registry.config(candidate)
+    return held_out_labels(gather_labels(settings, batches, config.classes, config.task))
+
+
+def labels_came(
+    registry: Registry, candidate: Version, champion: Version, late: Mapping[str, str]
+) -> bool:
+    """Whether as many labels came as the verdict on a version made without labels asked for.
+
+    Not at each label: a gate that is asked often says yes by chance.
+    """
+    waits = candidate.adapted and candidate.verdict_against == champion.number
+    if not waits or candidate.verdict != Outcome.INCONCLUSIVE.value:
+        return False
+    missing = ceil(int(candidate.tags["verdict_missing"]) * HOLDOUT_SHARE)
+    known = set(registry.learned(champion)["sample_id"])
+    if len(late.keys() - known) < missing:  # its memory need not be fetched
+        return False
+    table = registry.memory(candidate).told(late).table
+    held = table[(table["role"] == Role.HOLDOUT.value) & table["label"].notna()]
+    fresh = set(held["sample_id"]) - known
+    return len(fresh) >= int(candidate.tags["verdict_fresh"]) + missing
 
 
 def _answer(network: Network, data: LabelledPictures, classes: Sequence[str]) -> Answers:
@@ -303,16 +346,25 @@ def _log_charts(
             registry.log_file(candidate.run_id, path)
 
 
-def _judged_before(registry: Registry, candidate: Version, champion: Version) -> int:
-    """Count the other challengers that were judged against this champion, from the record."""
+def _judged_before(
+    registry: Registry, settings: Settings, candidate: Version, champion: Version
+) -> int:
+    """Count how often this fresh hold-out has judged already, from the record.
+
+    A hold-out that was too small for a promotion has not judged.
+    """
+    least = settings.gate.min_fresh
     return sum(
         str(champion.number) in v.tags.get("judged_against", "").split(",")
+        and (v.number != candidate.number or v.adapted)
+        and int(v.tags.get("verdict_fresh", least)) >= least
         for v in registry.versions()
-        if v.number != candidate.number
     )
 
 
-def _record(registry: Registry, candidate: Version, champion: Version, verdict: Verdict) -> None:
+def _record(
+    registry: Registry, candidate: Version, champion: Version, verdict: Verdict, fresh: int
+) -> None:
     """Write the verdict on the version; the tag `verdict` comes last and makes it count."""
     registry.log_text(
         candidate.run_id,
@@ -324,6 +376,11 @@ def _record(registry: Registry, candidate: Version, champion: Version, verdict: 
     registry.tag(
         candidate,
         judged_against=",".join(dict.fromkeys([*before, str(champion.number)])),
+        **(
+            {"verdict_fresh": str(fresh), "verdict_missing": str(verdict.missing)}
+            if candidate.adapted  # what it takes to judge it again
+            else {}
+        ),
         verdict_reason=verdict.reason,
         verdict_against=str(champion.number),
         verdict=verdict.outcome.value,

@@ -82,6 +82,11 @@ class Version:
         return int(self.tags["verdict_against"]) if self.tags.get("verdict_against") else None
 
     @property
+    def adapted(self) -> bool:
+        """Whether it is its parent with other batch-norm statistics, made without labels."""
+        return "adapted" in self.tags
+
+    @property
     def rolled_back(self) -> bool:
         """Whether it lost the alias by a rollback, so that only a person may promote it again."""
         return self.tags.get("rolled_back_at", "") > self.tags.get("promoted_at", "")

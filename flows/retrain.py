@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,13 +27,16 @@ from flows.promote import promote
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
+from sft import after
+from sft.averaging import members_of
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.memory import remember
 from sft.models import Network, widen
 from sft.noise import LabelVerdict
 from sft.pixels import PixelSink
-from sft.train import FineTuned, fine_tune
+from sft.search import Searched, SearchError, search
+from sft.train import FineTuned, TrainingSettings
 
 
 class RetrainError(ValueError):
@@ -52,7 +56,7 @@ class LabelsRefusedError(RetrainError):
 
 @dataclass(frozen=True)
 class Retrained:
-    """What a retraining made, and what became of it."""
+    """What a retraining, or an adaptation, made, and what became of it."""
 
     version: int
     promoted: bool
@@ -101,10 +105,17 @@ def retrain(settings_path: str, cause: str = "asked for by a person", check: str
         version = make_challenger(registry, settings, champion, batches, fresh, key, cause, check)
     else:
         registry.finish_training(version)
+    return challenge(registry, version, settings_path, made_now=made_now)
+
+
+def challenge(
+    registry: Registry, version: Version, settings_path: str, *, made_now: bool
+) -> Retrained:
+    """Give a version the alias of the challenger, and let it be judged."""
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
     result = promote(settings_path, version=version.number, approved=False)
-    tell(registry, settings, datetime.now(UTC))
+    tell(registry, registry.settings, datetime.now(UTC))
     return Retrained(
         version.number,
         result.promoted,
@@ -168,12 +179,15 @@ def make_challenger(
         },
     )
     counts = Counter(fresh.table["label"])
+    training = search_settings(registry, run_id, network, delivery.believed, old, settings)
     registry.log(
         run_id,
-        params={**asdict(settings.training), "parent": champion.number, "fresh": dict(counts)},
+        params={**asdict(training), "parent": champion.number, "fresh": dict(counts)},
     )
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
-    tuned = tune(network, champion_network, delivery.believed, old, old_validation, settings)
+    tuned = tune(
+        network, champion_network, delivery.believed, old, old_validation, settings, training
+    )
     log_training(registry, run_id, tuned)
     files = suspicious_files(delivery.usable, delivery.doubt, classes)
     for name, text in files.items():
@@ -213,7 +227,7 @@ def make_challenger(
         lineage=Lineage(
             parent=champion.number,
             cause=cause,
-            settings={"training": asdict(settings.training), "memory": settings.memory.carried},
+            settings={"training": asdict(training), "memory": settings.memory.carried},
             learned_digest=fresh.digest,
             code_version=installed_version("sustain"),
         ),
@@ -293,6 +307,47 @@ def read_window(
     return labelled.sorted(), unlabelled.sorted(), about
 
 
+def search_settings(
+    registry: Registry,
+    run_id: str,
+    network: Network,
+    labelled: LabelledPictures,
+    old: LabelledPictures,
+    settings: Settings,
+) -> TrainingSettings:
+    """Search what [search] names, if it is enabled; put what was tried on the training run.
+
+    A search that finds nothing to search with, such as too few labels, leaves [training] as it is,
+    and says so on the run.
+    """
+    if not settings.search.enabled:
+        return settings.training
+    try:
+        found = search(
+            members_of(network)[0],
+            labelled.with_role(Role.TRAIN),
+            old,
+            settings.training,
+            settings.search.grid,
+            now=time.monotonic,
+            folds=settings.search.folds,
+            budget_seconds=settings.search.budget_seconds,
+        )
+    except SearchError as error:
+        registry.log(run_id, tags={"sustain.searched": f"nothing was chosen: {error}"})
+        return settings.training
+    registry.log_text(run_id, _tried(found), "search.csv")
+    told = "; ".join(filter(None, (found.note, found.stopped_by)))
+    registry.log(run_id, tags={"sustain.searched": told})
+    return found.settings
+
+
+def _tried(found: Searched) -> str:
+    told = [{**asdict(row), "loss": row.loss} for row in found.tried]
+    rows = [{**row.pop("values"), **row} for row in told]
+    return pd.DataFrame(rows).to_csv(index=False)
+
+
 def tune(
     network: Network,
     champion: Network,
@@ -300,15 +355,16 @@ def tune(
     old: LabelledPictures,
     old_validation: LabelledPictures,
     settings: Settings,
+    training: TrainingSettings,
 ) -> FineTuned:
     """Fine-tune with rehearsal; stop early on fresh and old validation data together."""
     train = labelled.with_role(Role.TRAIN)
-    bar = TrainingBar("fine-tuning", len(train), settings.training.epochs)
+    bar = TrainingBar("fine-tuning", len(train), training.epochs * training.runs)
     with bar:
-        return fine_tune(
+        return after.tune(
             network,
             train,
-            settings.training,
+            training,
             memory=old,
             anchor=champion,
             cache=ActivationCache(compute=settings.compute),
@@ -337,7 +393,11 @@ def log_training(registry: Registry, run_id: str, tuned: FineTuned) -> None:
     registry.log(
         run_id,
         metrics={"best_epoch": float(tuned.best_epoch), "interpolation.alpha": tuned.alpha},
-        tags={"sustain.stopped": tuned.stopped, "sustain.corrected": "; ".join(tuned.notes)},
+        tags={
+            "sustain.stopped": tuned.stopped,
+            "sustain.corrected": "; ".join(tuned.notes),
+            "sustain.members": "; ".join(tuned.members),
+        },
     )
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
         path = Path(name) / "training.png"

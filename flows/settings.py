@@ -22,10 +22,12 @@ from flows.feed import FeedSettings
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
 from monitoring.sequential import StreamSettings
+from sft.adaptation import AdaptationSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
 from sft.pixels import IN_MEMORY_BYTES
+from sft.search import SearchSettings
 from sft.speed import ComputeSettings
 from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
@@ -252,6 +254,8 @@ class Settings:
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    adaptation: AdaptationSettings = field(default_factory=AdaptationSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     gate: GateSettings = field(default_factory=GateSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
@@ -294,6 +298,8 @@ SECTIONS: dict[str, type[Any]] = {
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,
     "compute": ComputeSettings,
+    "search": SearchSettings,
+    "adaptation": AdaptationSettings,
     "noise": NoiseSettings,
     "gate": GateSettings,
     "memory": MemorySettings,

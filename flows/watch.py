@@ -21,6 +21,7 @@ from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 
+from flows.adapt import adapt_to, drift_to_adapt_to, judgeable
 from flows.ask import write_list
 from flows.check import (
     FAILED,
@@ -47,6 +48,7 @@ from flows.history import show_in_prefect
 from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
 from flows.progress import CheckBar
+from flows.promote import promote
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import LabelsRefusedError, RetrainError, retrain
 from flows.rollback import rollback
@@ -75,6 +77,8 @@ class Plan:
         asking: the newest check that asks for labels, if its list is not written yet.
         untold: there is something that people should have been told of.
         standing: the newest check that found damage, if it stands to be decided again.
+        adapting: the newest check that asks for labels, if a challenger without labels is due.
+        waiting: such a challenger that can be judged now, since its labels came.
         labels: all labels.
         decider: decides, by the fresh labels and by what happened before.
     """
@@ -88,6 +92,8 @@ class Plan:
     failed: int
     asking: CheckRecord | None
     standing: CheckRecord | None
+    adapting: CheckRecord | None
+    waiting: Version | None
     untold: bool
     labels: Labels
     decider: Decider
@@ -101,7 +107,7 @@ class Plan:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         to_do = (self.moved, self.pending, self.unsettled, self.standing, self.asking, self.untold)
-        return not any(to_do)
+        return not any((*to_do, self.adapting, self.waiting))
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,8 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         failed=sum((b.id, stamps[b.id]) in failed for b in batches),
         asking=decider.asking(present),
         standing=decider.standing(present),
+        adapting=drift_to_adapt_to(registry, settings, champion, present),
+        waiting=judgeable(registry, champion, labels),
         untold=bool(settings.notify.to and untold(registry, settings, now)),
         labels=labels,
         decider=decider,
@@ -191,6 +199,8 @@ def watch(settings_path: str) -> Watched:
         plan = make_plan(registry, settings, now)
         if plan.asking is not None:
             done = list_wanted_labels(registry, settings, plan, plan.asking)
+        if plan.adapting is not None:
+            done = "; ".join(filter(None, (done, adapt_to(registry, settings, plan.adapting))))
     return Watched(
         champion=champion.number,
         move=move,
@@ -206,8 +216,9 @@ def _act(
     registry: Registry, settings: Settings, plan: Plan, decision: Decision, now: datetime
 ) -> tuple[Decision, str]:
     """Roll back or retrain if it is due; return the decision in force and what was done."""
-    if (given_up := _end_probation(registry, settings, plan, now)) is not None:
-        return given_up
+    moved = _end_probation(registry, settings, plan, now) or _judge_waiting(settings, plan)
+    if moved is not None:
+        return moved
     standing = plan.standing
     if standing is None:
         return (decision if plan.asking is None else _on_record(plan.asking)), ""
@@ -338,6 +349,14 @@ def _end_probation(
         return decision, rollback(str(settings.path), to=before.number, why=decision.reason).words
     except RegistryError as error:
         return decision, f"version {before.number} did not come back: {error}"
+
+
+def _judge_waiting(settings: Settings, plan: Plan) -> tuple[Decision, str] | None:
+    """Judge a challenger whose labels came; return why and what was done if it was promoted."""
+    if plan.waiting is None:
+        return None
+    judged = promote(str(settings.path), version=plan.waiting.number)
+    return (Decision(Action.NONE, judged.words), judged.words) if judged.promoted else None
 
 
 def start_retraining(

@@ -5,19 +5,63 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sft.dataset import LabelledPictures
 from sft.evaluate import mean_loss
-from sft.models import ModelError, Network
-from sft.tasks import SINGLE_LABEL, Task
+from sft.models import Ensemble, ModelError, Network
+from sft.ranges import at_least_one
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 """It must hold 1.0: a blind .5 hurts networks with batch norm."""
+
+
+class After(StrEnum):
+    """What is made of a fine-tuning, or of several."""
+
+    NOTHING = "nothing"
+    INTERPOLATE = "interpolate"
+    SOUP = "soup"
+    GREEDY_SOUP = "greedy_soup"
+    ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class AfterSettings:
+    """What follows a fine-tuning.
+
+    Attributes:
+        after: `nothing`; `interpolate`: mix the result with the champion, by the share that
+            validates best; `soup`: the mean of the weights of several fine-tunings; `greedy_soup`:
+            of those that make it no worse on validation samples; `ensemble`: all of them answer
+            together, which costs as many passes.
+        members: fine-tunings for a soup or an ensemble.
+    """
+
+    after: After = After.NOTHING
+    members: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        if self.after not in list(After):
+            raise ValueError(f"after must be one of {', '.join(After)}, got {self.after!r}")
+        at_least_one(self, "members")
+        if self.members == 1 and self.runs_several:
+            raise ValueError(f"after = {str(self.after)!r} needs members of 2 or more, got 1")
+
+    @property
+    def runs_several(self) -> bool:
+        """Whether more than one fine-tuning is made."""
+        return self.after in {After.SOUP, After.GREEDY_SOUP, After.ENSEMBLE}
+
+    @property
+    def runs(self) -> int:
+        """How many fine-tunings are made."""
+        return self.members if self.runs_several else 1
 
 
 @dataclass(frozen=True)
@@ -151,25 +195,6 @@ def greedy_soup(networks: Sequence[Network], score: Callable[[Network], float]) 
     return Soup(soup, tuple(members), best)
 
 
-class Ensemble(nn.Module):
-    """Several bodies of one architecture that answer with the mean of their log-probabilities.
-
-    It is the body of a `Network` like any other. The mean of log-probabilities is that of the
-    logits, up to a constant a picture that no softmax sees, with each member brought to the same
-    level first. In a task without a softmax it is the mean of the outputs.
-    """
-
-    def __init__(self, members: Sequence[nn.Module], task: Task = SINGLE_LABEL) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.task = task
-
-    def forward(self, scaled: Tensor) -> Tensor:
-        """Scaled pictures (n, C, H, W) to logits (n, classes)."""
-        answers = [self.task.level(cast("Tensor", member(scaled))) for member in self.members]
-        return torch.stack(answers).mean(0)
-
-
 def ensemble(networks: Sequence[Network]) -> Network:
     """Let networks of one architecture answer together; it costs as much as all of them.
 
@@ -180,9 +205,16 @@ def ensemble(networks: Sequence[Network]) -> Network:
         raise ModelError(f"an ensemble needs at least 2 networks, got {len(networks)}")
     for other in networks[1:]:
         _check_same(networks[0], other)
-    config = networks[0].config
-    body = Ensemble([copy.deepcopy(network.body) for network in networks], config.task)
-    return Network(config, body).eval()
+    bodies = [copy.deepcopy(body) for network in networks for body in network.bodies]
+    return Network(replace(networks[0].config, members=len(bodies)), Ensemble(bodies)).eval()
+
+
+def members_of(network: Network) -> tuple[Network, ...]:
+    """Take an ensemble apart into networks that share its weights; any other network is alone."""
+    if network.config.members == 1:
+        return (network,)
+    config = replace(network.config, members=1)
+    return tuple(Network(config, body).train(network.training) for body in network.bodies)
 
 
 def _mix(before: Tensor, after: Tensor, alpha: float) -> Tensor:

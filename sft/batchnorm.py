@@ -1,22 +1,36 @@
 """Batch-norm statistics without labels: re-estimated for a new world, or one set for each world.
 
 Both help where the input changes as a whole, such as a sensor's blur, contrast or colour, and win
-next to nothing elsewhere. CIFAR-10, small ResNet, new / old accuracy in percent, 200 new pictures
-for the bank and 1,000 for re-estimation:
+next to nothing elsewhere. CIFAR-10, small ResNet of 71 %, new / old accuracy in percent from 70 new
+pictures (as good as from 256), the mean of two seeds:
 
 | new world | champion | re-estimated | bank, routed by picture |
 | --- | --- | --- | --- |
-| sensor drift (blur, contrast, colour, noise) | 18 / 70 | 53 / 41 | 52 / 67 |
-| contrast x .45 | 46 / 70 | 69 / 58 | 68 / 68 |
-| blur | 39 / 70 | 64 / 51 | 64 / 69 |
-| inverted | 21 / 70 | 28 / 66 | 27 / 69 |
-| turned by 90° | 26 / 70 | 28 / 65 | 30 / 67 |
-| upside down | 36 / 70 | 37 / 69 | 37 / 69 |
+| sensor drift (blur, contrast, colour, noise) | 20 / 71 | 50 / 42 | 50 / 70 |
+| contrast x .45 | 50 / 71 | 70 / 60 | 70 / 70 |
+| darker x .4 | 49 / 71 | 68 / 52 | 68 / 71 |
+| strong blur | 33 / 71 | 62 / 51 | 61 / 70 |
+| slight blur | 62 / 71 | 69 / 66 | 68 / 70 |
+| noise .1 | 57 / 71 | 66 / 65 | 66 / 70 |
+| colour cast | 63 / 71 | 68 / 60 | 68 / 70 |
+| zoomed in x 1.5 | 45 / 71 | 61 / 62 | 59 / 70 |
+| turned by 15° | 58 / 71 | 63 / 68 | 63 / 70 |
+| inverted | 24 / 71 | 27 / 66 | 27 / 70 |
+| turned by 90° | 25 / 71 | 28 / 68 | 28 / 70 |
+| upside down | 35 / 71 | 36 / 69 | 36 / 70 |
+| the same pictures, of three classes | 75 / 71 | 53 / 67 | 65 / 69 |
+
+So of the two the bank is the default: what it wins costs the old world at most two points, which
+the gate allows, while re-estimation is refused for what it loses there. Neither is for a change of
+the mix of classes (last row: accuracy on those three): a few classes would count as a world of
+their own. Where a half or a quarter of the pictures came from the drifted sensor and the rest did
+not, 20 % became 31 and 25.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -144,7 +158,7 @@ class DomainNorm(nn.Module):
         offset = -self.running_mean * scale
         if self.bias is not None:
             offset = offset + self.bias
-        shape = (len(inputs), -1, *[1] * (inputs.ndim - 2))
+        shape = (*inputs.shape[:2], *[1] * (inputs.ndim - 2))
         return torch.addcmul(offset[domain].view(shape), inputs, scale[domain].view(shape))
 
     def signature(self, inputs: Tensor) -> Tensor:
@@ -154,7 +168,7 @@ class DomainNorm(nn.Module):
         channel from having a say.
         """
         with torch.no_grad():
-            places = inputs.float().reshape(*inputs.shape[:2], -1)
+            places = inputs.float().reshape(*inputs.shape[:2], math.prod(inputs.shape[2:]))
             floor = LOG_FLOOR * self.running_var[0].sqrt() + self.eps
             return torch.cat([places.mean(2), (places.std(2, correction=0) + floor).log()], dim=1)
 

@@ -299,6 +299,9 @@ def samples_for_power(gain: float, discordance: float, *, level: float = 0.05) -
 def _better_on_fresh(fresh: Pair, settings: GateSettings, level: float) -> Criterion:
     p_value = paired_p_value(fresh.challenger.scores, fresh.champion.scores)
     enough = len(fresh) >= settings.min_fresh
+    if not len(fresh):
+        words = f"fresh hold-out: no sample has a label, and {settings.min_fresh} are asked for"
+        return Criterion("better on fresh data", passed=False, words=words)
     test = "exact McNemar" if fresh.is_right_or_wrong else "paired bootstrap"
     words = (
         f"fresh hold-out ({len(fresh)} samples): {_means(fresh)}, gained {fresh.gained}, lost"

@@ -153,6 +153,12 @@ class Memory:
         ]
         return replace(self, table=self.table.assign(image=pd.Series(images, dtype="object")))
 
+    def told(self, labels: Mapping[str, str]) -> Memory:
+        """Return this memory with labels, by sample id, for those samples that have none."""
+        known = self.table["label"]
+        late = self.table["sample_id"].map(labels)
+        return Memory(self.table.assign(label=known.where(known.notna(), late)))
+
     def save(self, path: Path) -> None:
         """Write Parquet."""
         self.table.to_parquet(path, index=False)

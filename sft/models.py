@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sft.batchnorm import BatchNormError, with_domains
 from sft.modes import evaluating
 from sft.pictures import Preprocessing
 from sft.tasks import SINGLE_LABEL, Task, from_json, to_json
@@ -51,6 +52,9 @@ class ModelConfig:
         classes: names in the order of the head's outputs: of classes, labels or targets.
         preprocessing: how a picture becomes a tensor.
         mean, std: per channel, on pixels scaled to [0, 1].
+        members: bodies that answer together; more than one make an ensemble.
+        domains: sets of batch-norm statistics in each body; more than one make a bank, see
+            `sft.batchnorm`.
         task: what the outputs mean.
     """
 
@@ -60,6 +64,8 @@ class ModelConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     task: Task = SINGLE_LABEL
+    members: int = 1
+    domains: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a network's configuration."""
@@ -72,6 +78,22 @@ class ModelConfig:
         channels = self.preprocessing.channels
         if not len(self.mean) == len(self.std) == channels:
             raise ModelError(f"mean and std need {channels} values, one a channel")
+        if self.members < 1 or self.domains < 1:
+            raise ModelError(
+                f"members and domains are at least 1, got {self.members} and {self.domains}"
+            )
+
+
+class Ensemble(nn.Module):
+    """Several bodies of one architecture that answer with the mean of their logits."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, scaled: Tensor) -> Tensor:
+        """Scaled pictures (n, C, H, W) to logits (n, classes)."""
+        return torch.stack([cast("Tensor", member(scaled)) for member in self.members]).mean(0)
 
 
 class Network(nn.Module):
@@ -93,8 +115,13 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(shape), persistent=False)
 
     @property
+    def bodies(self) -> tuple[nn.Module, ...]:
+        """The members of an ensemble; else the body alone."""
+        return tuple(self.body.members) if isinstance(self.body, Ensemble) else (self.body,)
+
+    @property
     def head(self) -> nn.Linear | nn.Conv2d:
-        """The last layer, whose outputs are the classes."""
+        """The last layer, whose outputs are the classes; of an ensemble, the last member's."""
         return _head(self.body)[1]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -108,15 +135,21 @@ class Network(nn.Module):
         return floats.div_(255.0).sub_(self.mean).div_(self.std)
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Uint8 pictures (n, C, H, W) to embeddings (n, d), averaged over places, and logits."""
+        """Uint8 pictures (n, C, H, W) to embeddings (n, d), averaged over places, and logits.
+
+        An ensemble's is the mean of its members', which share one start and so their axes: as wide
+        as that of one, so that references and drift tests cost what they cost with one.
+        """
         seen: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        heads = [_head(body)[1] for body in self.bodies]
+        hooks = [h.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for h in heads]
         try:
             logits = self(pixels)
         finally:
-            hook.remove()
-        embedding = seen[-1]
-        if isinstance(self.head, nn.Conv2d):
+            for hook in hooks:
+                hook.remove()
+        embedding = seen[0] if len(seen) == 1 else torch.stack(seen[-len(heads) :]).mean(0)
+        if isinstance(heads[0], nn.Conv2d):
             embedding = embedding.mean(dim=(2, 3))
         return embedding.flatten(1), logits
 
@@ -251,16 +284,20 @@ def widen(network: Network, classes: Sequence[str], *, seed: int = 0) -> Network
     if missing := [name for name in old if name not in classes]:
         raise ModelError(f"a widened head keeps every old class; missing: {missing}")
     config = replace(network.config, classes=(*old, *(c for c in classes if c not in old)))
-    wide = _copy(network)
-    before = wide.head
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        body = _with_outputs(wide.body, len(config.classes), anew=True)
-        after = _head(body)[1]
-        after.weight[: len(old)] = before.weight
-        if before.bias is not None and after.bias is not None:
-            after.bias[: len(old)] = before.bias
-    return Network(config, body).train(network.training)
+        bodies = [_widened(body, len(old), len(config.classes)) for body in _copy(network).bodies]
+    return Network(config, _together(bodies)).train(network.training)
+
+
+def _widened(body: nn.Module, old: int, outputs: int) -> nn.Module:
+    before = _head(body)[1]
+    body = _with_outputs(body, outputs, anew=True)
+    after = _head(body)[1]
+    after.weight[:old] = before.weight
+    if before.bias is not None and after.bias is not None:
+        after.bias[:old] = before.bias
+    return body
 
 
 def save(network: Network, folder: Path) -> None:
@@ -288,6 +325,8 @@ def read_config(folder: Path) -> ModelConfig:
             preprocessing=Preprocessing(**raw["preprocessing"]),
             mean=tuple(float(value) for value in raw["mean"]),
             std=tuple(float(value) for value in raw["std"]),
+            members=int(raw.get("members", 1)),  # versions from before ensembles and banks lack it
+            domains=int(raw.get("domains", 1)),
             task=from_json(raw.get("task")),
         )
     except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, or refused
@@ -314,8 +353,7 @@ def load(folder: Path, *, allowed_factories: Collection[str] = ()) -> Network:
             f"{folder / WEIGHTS_FILE} is not what was saved (its digest differs): take another"
             " version, or restore the file"
         )
-    body = _body(config, len(config.classes), None, allowed_factories)
-    body = _with_outputs(body, len(config.classes))
+    body = _empty(config, allowed_factories)
     try:
         state = load_safetensors(encoded)
     except SafetensorError as error:
@@ -377,6 +415,25 @@ def architectures() -> list[str]:
     from torchvision import models
 
     return [*BUILT_IN, *models.list_models(module=models)]
+
+
+def _empty(config: ModelConfig, allowed_factories: Collection[str]) -> nn.Module:
+    """Build what a configuration describes, members and domains too, to be filled with weights."""
+    outputs = len(config.classes)
+    bodies = [
+        _with_outputs(_body(config, outputs, None, allowed_factories), outputs)
+        for _ in range(config.members)
+    ]
+    if config.domains > 1:
+        try:
+            bodies = [with_domains(body, config.domains) for body in bodies]
+        except BatchNormError as error:
+            raise ModelError(f"{CONFIG_FILE} asks for {config.domains} domains: {error}") from error
+    return _together(bodies)
+
+
+def _together(bodies: Sequence[nn.Module]) -> nn.Module:
+    return bodies[0] if len(bodies) == 1 else Ensemble(bodies)
 
 
 def _body(

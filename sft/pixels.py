@@ -59,6 +59,11 @@ class StoredPixels:
 Pixels: TypeAlias = Tensor | StoredPixels
 
 
+def in_memory(pixels: Pixels) -> Tensor:
+    """Read all of a set that is known to be small enough."""
+    return pixels if isinstance(pixels, Tensor) else pixels[torch.arange(len(pixels))]
+
+
 class PixelSink:
     """Takes pictures one by one; beyond the bound they go to a file.
 

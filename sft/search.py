@@ -17,6 +17,7 @@ from sft.cache import ActivationCache, Tail
 from sft.dataset import LabelledPictures
 from sft.evaluate import mean_loss
 from sft.models import Network
+from sft.ranges import positive
 from sft.strategies import Strategy, boundary, phases
 from sft.tasks import Task
 from sft.train import TrainingError, TrainingSettings, fine_tune
@@ -34,8 +35,39 @@ BODY_RATES = (1 / 3, 1.0, 3.0)
 """Around it, tried by full runs where the budget allows."""
 
 
+DEFAULT_GRID = {"learning_rate": (3e-4, 1e-3, 3e-3), "l2_sp": (0.001, 0.01, 0.1)}
+"""A factor of three to either side of the default rate, and of ten for the pull."""
+
+
 class SearchError(ValueError):
     """There is nothing to search with; the message names the thing and the way out."""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Whether settings are searched before a fine-tuning, and among what.
+
+    Attributes:
+        enabled: search; otherwise the training settings are taken as they are.
+        grid: names of `SEARCHABLE` to the values to try, in every combination.
+        folds: of the cross-validation.
+        budget_seconds: no candidate is begun after it. One that is too small for the grid makes the
+            choice depend on the machine's speed.
+    """
+
+    enabled: bool = False
+    grid: Mapping[str, tuple[float, ...]] = field(
+        default_factory=lambda: dict(DEFAULT_GRID), hash=False
+    )
+    folds: int = 5
+    budget_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        _check_grid(self.grid)
+        if self.folds < 2:  # noqa: PLR2004 - one to learn from, one to test on
+            raise ValueError(f"folds must be at least 2, got {self.folds}")
+        positive(self, "budget_seconds")
 
 
 @dataclass(frozen=True)
@@ -122,7 +154,7 @@ def search(
         SearchError: an empty grid or one with unknown names or values, fewer than two folds, or no
             candidate with a finite loss.
     """
-    candidates = _candidates(settings, grid)
+    candidates = _candidates(grid)
     if memory is not None and not len(memory):
         memory = None
     parts = _folds(fresh, memory, folds, network.config.task)
@@ -141,7 +173,7 @@ def search(
         return Searched(found, tried, race.stopped)
     found = replace(found, learning_rate=BODY_RATE * found.learning_rate)
     rates = [{"learning_rate": factor * found.learning_rate} for factor in BODY_RATES]
-    whole = _Race(network, replace(found, interpolate=False), parts, rates, clock)
+    whole = _Race(network, found, parts, rates, clock)
     whole.run()
     tried += whole.table(settings.strategy)
     if not whole.compared:
@@ -258,24 +290,26 @@ class _Race:
         return sum(worse) / len(worse) <= _standard_error(worse)
 
 
-def _candidates(
-    settings: TrainingSettings, grid: Mapping[str, Sequence[float]]
-) -> list[dict[str, float]]:
+def _check_grid(grid: Mapping[str, Sequence[float]]) -> None:
     if not grid or not all(len(values) for values in grid.values()):
         raise SearchError("the grid is empty: give at least one name with values to try")
     if unknown := sorted(set(grid) - set(SEARCHABLE)):
         raise SearchError(
             f"{', '.join(unknown)} cannot be searched; these can: {', '.join(SEARCHABLE)}"
         )
+    for name, values in grid.items():
+        for value in values:
+            try:
+                _with(TrainingSettings(), {name: value})
+            except ValueError as error:
+                raise SearchError(f"the grid holds a value that cannot be set: {error}") from error
+
+
+def _candidates(grid: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    _check_grid(grid)
     names = [name for name in SEARCHABLE if name in grid]
     rows = itertools.product(*(sorted(set(grid[name])) for name in names))
-    candidates = [dict(zip(names, row, strict=True)) for row in rows]
-    for values in candidates:
-        try:
-            _with(settings, values)
-        except ValueError as error:
-            raise SearchError(f"the grid holds a value that cannot be set: {error}") from error
-    return candidates
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _folds(
@@ -314,7 +348,6 @@ def _head_only(settings: TrainingSettings) -> TrainingSettings:
         strategy=Strategy.HEAD,
         freeze_first=0,
         train_last=0,
-        interpolate=False,
         mixup=0.0,
     )
 

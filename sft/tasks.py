@@ -183,10 +183,6 @@ class Task(ABC):
             generator: of the draw.
         """
 
-    def level(self, outputs: Tensor) -> Tensor:
-        """Bring outputs to a level at which those of several networks can be averaged."""
-        return outputs
-
     # --- answers
 
     @abstractmethod
@@ -321,10 +317,6 @@ class SingleLabel(Task):
     ) -> Tensor:
         """Of a class."""
         return likelihood(outputs, labels, generator)
-
-    def level(self, outputs: Tensor) -> Tensor:
-        """Logits have no level of their own."""
-        return outputs.log_softmax(1)
 
     def answers(self, outputs: Tensor) -> Tensor:
         """Softmax."""

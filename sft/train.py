@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from sft.augment import Augmentation, augment, strengths
-from sft.averaging import choose_alpha
+from sft.averaging import AfterSettings
 from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
 from sft.evaluate import mean_loss
@@ -59,7 +59,7 @@ class StopBy(StrEnum):
 
 
 @dataclass(frozen=True)
-class TrainingSettings(StrategySettings, RateSettings, Augmentation):
+class TrainingSettings(StrategySettings, RateSettings, Augmentation, AfterSettings):
     """How a network is fine-tuned.
 
     The defaults are what won on real pictures: rehearsal of old samples is the term that no default
@@ -68,8 +68,8 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
     epochs of batches of 32 were better than 30 of 64 on a drifted sensor (41.8/62.6 against
     39.1/61.3): there the validation loss rises, and stops the training, before accuracy has.
 
-    What may move, how large the steps are and how far pictures are changed is told by the settings
-    that these extend.
+    What may move, how large the steps are, how far pictures are changed and what follows is told by
+    the settings that these extend.
 
     Attributes:
         epochs, batch_size: `epochs` at most; a batch holds fresh and rehearsed samples.
@@ -85,7 +85,6 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
         views: augmented views of each picture that are kept where a part is frozen and runs once;
             0 augments anew in each epoch, from pictures.
         stop_by, patience: epochs without a better validation loss, or accuracy, before it stops.
-        interpolate: mix the result with the champion, by the share that validates best.
         clip_norm: longest gradient.
         seed: of every random draw.
     """
@@ -107,13 +106,12 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation):
     views: int = 0
     stop_by: StopBy = StopBy.LOSS
     patience: int = 6
-    interpolate: bool = False
     clip_norm: float = 5.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
-        for part in (StrategySettings, RateSettings, Augmentation):
+        for part in (StrategySettings, RateSettings, Augmentation, AfterSettings):
             part.__post_init__(self)
         at_least_one(self, "epochs", "batch_size", "patience")
         positive(self, "clip_norm", "temperature")
@@ -145,7 +143,7 @@ class FineTuned:
     """The best network of a run, and the run's history.
 
     `alpha` is the share of the way from the champion that was kept; `notes` say what was corrected,
-    and what could not be done.
+    and what could not be done; `members` what each of several fine-tunings reached.
     """
 
     network: Network
@@ -154,6 +152,7 @@ class FineTuned:
     stopped: str
     alpha: float = 1.0
     notes: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
 
 
 class _NotFiniteError(Exception):
@@ -200,10 +199,12 @@ def fine_tune(
         history. The same seed on the same machine gives the same weights.
 
     Raises:
-        TrainingError: no samples, a single class, labels outside the classes, a strategy that the
-            network has no layers for, or a loss that is not finite before any epoch has ended
-            (later, training stops and the best weights are kept).
+        TrainingError: an ensemble, no samples, a single class, labels outside the classes, a
+            strategy that the network has no layers for, or a loss that is not finite before any
+            epoch has ended (later, training stops and the best weights are kept).
     """
+    if start.config.members > 1:
+        raise TrainingError("an ensemble's members are tuned one by one: call sft.after.tune")
     if memory is not None and not len(memory):
         memory = None
     rehearsed = memory if settings.rehearsal else None
@@ -256,13 +257,8 @@ def fine_tune(
                     )
                     break
             network.load_state_dict(best.weights)  # where the next phase starts
-    network.eval()
-    alpha = 1.0
-    if settings.interpolate:
-        choice = choose_alpha(champion, network, () if small else validation)
-        network, alpha = choice.network, choice.alpha
-    network.to("cpu")
-    return FineTuned(network, tuple(history), best.epoch, stopped, alpha, tuple(notes))
+    network.eval().to("cpu")
+    return FineTuned(network, tuple(history), best.epoch, stopped, notes=tuple(notes))
 
 
 @dataclass(frozen=True)

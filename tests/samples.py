@@ -1,22 +1,29 @@
 """Small pictures, shards and folders, and short words for what a test asks of them."""
 
+import gzip
 import hashlib
+import importlib.util
 import io
 import struct
 import zlib
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from flows.batches import read_batch
 from flows.feed import FeedSettings, list_batches
 from flows.intake import BatchData
 from flows.labels import LabelTable
+from sft.dataset import LabelledPictures
 from sft.pictures import Preprocessing
 
 SEEN = Preprocessing(image_size=8)
@@ -90,3 +97,30 @@ def names(data: BatchData) -> list[str]:
 def digests(encoded: Iterable[bytes]) -> list[str]:
     """The SHA-256 of encoded pictures, as a batch tells them."""
     return [hashlib.sha256(one).hexdigest() for one in encoded]
+
+
+@cache
+def optical_digits() -> LabelledPictures:
+    """Read 1,797 optical digits that scikit-learn ships, 8 x 8, in one random order.
+
+    From the file: importing scikit-learn takes seconds.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        pytest.skip("scikit-learn ships the optical digits")
+    path = Path(spec.origin).parent / "datasets/data/digits.csv.gz"
+    with gzip.open(path, "rt") as lines:
+        rows = np.loadtxt(lines, delimiter=",", dtype=np.float32)
+    table = torch.from_numpy(rows[np.random.default_rng(0).permutation(len(rows))])
+    pixels = (table[:, :-1] * 255 / 16).to(torch.uint8).view(-1, 1, 8, 8)
+    ids = tuple(f"optical/{i}" for i in range(len(table)))
+    return LabelledPictures(ids, pixels, table[:, -1].long())
+
+
+def batch_norm_net(num_classes: int) -> nn.Module:
+    """Build two convolutions with batch norm, for grey pictures: a factory of the user's own."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, num_classes),
+    )  # fmt: skip

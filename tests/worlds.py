@@ -81,12 +81,13 @@ def make_world(
     extra: str = "",
     *,
     model: str = "",
+    change: tuple[str, str] = ("", ""),
     label: Callable[[int], str] | None = None,
 ) -> World:
     """Make a model folder by the real `bootstrap` flow; `extra` is more TOML.
 
     With `label`, which writes the label of a digit, labels come in a metadata file; `model` is
-    more of the section [model].
+    more of the section [model], and `change` what is replaced in the settings, and by what.
     """
     from flows import demo
     from flows.bootstrap import bootstrap
@@ -94,7 +95,7 @@ def make_world(
     (root / "feed").mkdir(parents=True)
     (root / "labels").mkdir()
     path = root / "sustain.toml"
-    text = SETTINGS.format(name=name) + extra
+    text = SETTINGS.format(name=name).replace(*change) + extra
     path.write_text(text.replace("[bootstrap]", f"{model}\n[bootstrap]", 1))
     digits = demo._mnist()[:400]
     demo._write_class_folders(root / "first", digits)

@@ -23,7 +23,7 @@ from flows.watch import watch
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deployments" / "prefect.yaml"
 MODEL, POOL = "digits", "scheduling-test"
-FLOWS = ("watch", "retrain", "promote", "rollback")
+FLOWS = ("watch", "retrain", "adapt", "promote", "rollback")
 PATIENCE = 120.0
 
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from flows.feed import list_batches
-from flows.fresh import Labels, fresh_set, gather_labels, retrain_key
+from flows.fresh import Labels, fresh_set, gather_labels, held_out_labels, retrain_key
 from flows.settings import Settings, load_settings
+from sft.dataset import Role, role_of
 from sft.tasks import MultiLabel, Regression
 
 
@@ -89,6 +90,33 @@ def test_labels_of_unknown_classes_are_reported(settings: Settings) -> None:
     found = gather_labels(settings, list_batches(settings.feed, settings.root), ("x", "y"))
     assert "b1/x/1.png" not in found.of_batch("b1")
     assert any("zebra" in p and "add these to classes" in p for p in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("[training]\nafter = 'ensemble'", True),
+        ("[search]\nenabled = true", True),
+        ("[search]\nfolds = 3", False),  # it is not asked for
+        ("[adaptation]\nmethod = 'reestimate'", False),  # a retraining does not adapt
+    ],
+)
+def test_the_key_follows_what_changes_the_result(
+    settings: Settings, tmp_path: Path, text: str, changes: bool
+) -> None:
+    """What follows and a search that runs change it; a search that does not run leaves it."""
+    fresh = fresh_set(labels(a="x"), learned())
+    path = tmp_path / "other.toml"
+    path.write_text(f'[model]\nname = "m"\n{text}\n')
+    key = retrain_key(1, fresh, load_settings(path, environ={}))
+    assert (key != retrain_key(1, fresh, settings)) is changes
+
+
+def test_only_held_out_labels_judge_what_was_made_without_labels() -> None:
+    """Of a hundred labels about thirty have that role, for ever."""
+    held = held_out_labels(labels(**{str(i): "x" for i in range(100)}))
+    assert 20 < len(held) < 40
+    assert {role_of(name) for name in held} == {Role.HOLDOUT}
 
 
 def test_the_key_follows_champion_labels_and_settings(settings: Settings, tmp_path: Path) -> None:

@@ -177,3 +177,14 @@ def test_what_came_with_a_sample_stays_with_it() -> None:
     kept = remember(pictures(3), CLASSES, [Role.HOLDOUT] * 3, "first", told)
     grown = kept.extended(memory(2, first=50)).bounded(rehearsal=1, holdout=9)
     assert grown.about(["b/0001", "b/0002"]) == [told["b/0001"], {}]
+
+
+def test_late_labels_fill_what_has_none() -> None:
+    """A label that is there already stays, and one for a sample that is not there adds nothing."""
+    told = memory(8).told({"b/0000": "eel", "b/0001": "eel", "elsewhere/1": "cat"})
+    labels = dict(zip(told.table["sample_id"], told.table["label"], strict=True))
+    assert labels["b/0000"] == "eel"
+    assert labels["b/0001"] == "cat"
+    assert pd.isna(labels["b/0004"])
+    assert len(told) == 8
+    assert len(memory(0).told({"b/0000": "eel"})) == 0

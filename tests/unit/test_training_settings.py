@@ -98,17 +98,6 @@ def test_a_strategy_without_its_layers_is_refused() -> None:
         fine_tune(network(), pictures(64), replace(SHORT, strategy=Strategy.BATCH_NORM))
 
 
-def test_interpolation_keeps_what_validates_best() -> None:
-    """Wrong fresh labels, validated on right ones: the champion's own weights come back."""
-    champion = fine_tune(network(), pictures(200), replace(SHORT, epochs=6)).network
-    wrong = pictures(64, seed=2)
-    wrong = LabelledPictures(wrong.sample_ids, wrong.pixels, (wrong.labels + 1) % 3)
-    settings = replace(SHORT, epochs=1, interpolate=True)
-    tuned = fine_tune(champion, wrong, settings, validation=(pictures(100, seed=5),))
-    assert tuned.alpha == 0
-    assert not moved(champion, tuned.network)
-
-
 def test_stopping_by_accuracy_keeps_the_most_accurate_epoch() -> None:
     """The best epoch is the one with the highest validation accuracy, the first of equals."""
     settings = replace(SHORT, epochs=6, stop_by=StopBy.ACCURACY)

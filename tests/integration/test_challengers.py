@@ -1,0 +1,112 @@
+"""Challengers of other kinds, from how they are made to how they serve: an ensemble, and a bank."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlflow.pyfunc
+import numpy as np
+import pytest
+import torch
+from worlds import World, make_world
+
+from flows.adapt import AdaptError, adapt
+from flows.demo import Digits, _arrive, _label_late, _mnist
+from flows.fresh import fresh_set
+from flows.registry import Registry
+from flows.retrain import retrain
+from flows.watch import make_plan, watch
+
+
+def answers_as_made(world: World, patch: pytest.MonkeyPatch) -> None:
+    """The champion, loaded anew and served by MLflow, answers as when its reference was made."""
+    registry = Registry(world.settings)
+    champion = registry.champion()
+    network, memory = registry.network(champion), registry.memory(champion)
+    patch.setenv("MLFLOW_TRACKING_URI", registry.uri)
+    served = mlflow.pyfunc.load_model(f"models:/{registry.name}@champion")
+    for regime in registry.reference(champion).regimes:
+        then = regime.features
+        known = memory.pixels(then.sample_ids, network.config.preprocessing)
+        pixels = torch.stack([known[name] for name in then.sample_ids])
+        embedding, probabilities = network.embed(pixels)
+        np.testing.assert_allclose(embedding.numpy(), then.embedding, atol=1e-5)
+        np.testing.assert_allclose(probabilities.numpy(), then.probabilities, atol=1e-6)
+        told = served.predict(pixels.permute(0, 2, 3, 1).numpy())
+        assert told["class"].tolist() == [network.config.classes[i] for i in then.predicted]
+
+
+def test_an_ensemble_is_promoted_served_and_watched(
+    tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a search before it, whose table is on the run; then it is a champion like any other."""
+    assert prefect_server
+    world = make_world(
+        tmp_path / "ensemble",
+        "ensemble",
+        "\n[search]\nenabled = true\nfolds = 2\ngrid = { learning_rate = [1e-6, 3e-3] }\n",
+        change=(
+            "[training]\nepochs = 40",
+            '[training]\nepochs = 10\nafter = "ensemble"\nmembers = 2',
+        ),
+    )
+    world.arrive(0, labelled=True)
+    assert retrain(str(world.path)).promoted
+    registry = Registry(world.settings)
+    second = registry.champion()
+    assert (second.number, registry.config(second).members) == (2, 2)
+    answers_as_made(world, monkeypatch)
+    run = registry.client.get_run(second.run_id)
+    assert "together: validation loss" in run.data.tags["sustain.members"]
+    assert float(run.data.params["learning_rate"]) > 1e-5
+    table = registry.client.download_artifacts(second.run_id, "search.csv", str(tmp_path))
+    stages = [line.split(",")[1] for line in Path(table).read_text().splitlines()]
+    assert stages == ["stage", "head", "head", "full", "full", "full"]
+
+    world.arrive(1)
+    assert [checked.samples for checked in watch(str(world.path)).checked] == [100, 100]
+
+
+def test_a_challenger_without_labels_waits_for_them_and_serves(
+    tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drift makes a bank of statistics, once; the labels that come later only judge it."""
+    assert prefect_server
+    world = make_world(
+        tmp_path / "bank",
+        "bank",
+        "\n[adaptation]\nenabled = true\n",
+        change=("small_cnn", "samples:batch_norm_net"),
+    )
+    with pytest.raises(AdaptError, match="no batch of the feed rang against version 1"):
+        adapt(str(world.path))
+    mnist = _mnist()
+    dim = Digits((0.3 * mnist.pictures[400:800] + 150).astype(np.uint8), mnist.labels[400:800])
+    feed = world.path.parent / "feed"
+    ids = _arrive(feed, "dim", dim, (0, 1))
+    watched = watch(str(world.path))
+    assert watched.decision.action == "ask_for_labels"
+    assert "version 2 was not promoted (inconclusive): not enough evidence" in watched.done
+    registry = Registry(world.settings)
+    second = registry.version(2)
+    assert (registry.alias("champion"), registry.alias("challenger")) == (1, 2)
+    assert "no sample has a label" in second.tags["verdict_reason"]
+    assert int(second.tags["verdict_missing"]) == 34  # 10 held out of 10 in 3
+    assert second.tags["adapted"].startswith("bank of ")
+    assert make_plan(registry, world.settings, datetime.now(UTC)).idle
+    again = adapt(str(world.path))
+    assert (again.version, again.made_now) == (2, False)
+
+    _label_late(world.path.parent / "labels" / "late.csv", feed, dim, ids)
+    watched = watch(str(world.path))
+    assert "version 2 was promoted" in watched.done
+    registry = Registry(world.settings)
+    assert registry.alias("champion") == 2
+    assert registry.config(registry.champion()).domains == 2
+    assert [r.name for r in registry.reference(second).regimes] == ["first", "since v1"]
+    answers_as_made(world, monkeypatch)
+    plan = make_plan(registry, world.settings, datetime.now(UTC))
+    assert len(plan.fresh) > 0  # nothing was learned from them
+    assert len(fresh_set(plan.labels, registry.learned(second))) == len(plan.fresh)
+    assert not any(checked.alarm for checked in watch(str(world.path)).checked)
