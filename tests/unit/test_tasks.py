@@ -18,6 +18,7 @@ from torch.nn import functional
 from flows.doubt import judge_delivery
 from flows.package import build_reference
 from monitoring.features import Kind
+from sft.after import tune
 from sft.averaging import choose_alpha, ensemble
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, batches, role_of
@@ -226,7 +227,7 @@ def test_balanced_sampling_draws_rare_labels_as_often() -> None:
         data, None, batch_size=200, rehearsal=0, generator=torch.Generator().manual_seed(0),
         balanced=True, task=MULTI,
     )  # fmt: skip
-    (_, drawn, _), *_ = passes
+    (_, drawn, _, _), *_ = passes
     assert 0.35 < float(drawn[:, 0].mean()) < 0.65
 
 
@@ -240,7 +241,7 @@ def test_balanced_sampling_draws_rare_labels_as_often() -> None:
         {"dark_experience": 1.0},
         {"mixup": 0.2},
         {"strategy": Strategy.HEAD},
-        {"interpolate": True},
+        {"after": "interpolate"},
     ],
     ids="".join,
 )
@@ -250,7 +251,7 @@ def test_every_method_works_for_every_task(task: Task, changed: dict[str, object
     fresh = faded(digits(task, 500, 620))
     settings = TrainingSettings(**{"epochs": 6, "learning_rate": 3e-3, **changed})  # type: ignore[arg-type]
     start = tuned(task)
-    result = fine_tune(
+    result = tune(
         start, fresh, settings, memory=known, validation=(fresh, known), cache=ActivationCache()
     )
     before, after = answer(start, fresh), answer(result.network, fresh)
@@ -273,7 +274,7 @@ def test_networks_of_a_task_are_averaged(task: Task) -> None:
     one = tuned(task)
     other = build(one.config, seed=1)
     held = digits(task, 500, 600)
-    assert choose_alpha(other, one, (held,)).alpha == 1
+    assert choose_alpha(other, one, (held,)).alpha >= 0.75  # `other` knows nothing
     with torch.inference_mode():
         mean = (one(held.pixels) + other(held.pixels)) / 2
         torch.testing.assert_close(ensemble([one, other])(held.pixels), mean)

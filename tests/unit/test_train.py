@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sft.after import tune
 from sft.dataset import LabelledPictures
 from sft.evaluate import answer
 from sft.models import ModelConfig, Network, build, widen
@@ -293,19 +294,19 @@ def test_a_validation_set_that_is_too_small_decides_nothing() -> None:
     """Against wrong labels nothing stops it: the last weights come back, and the notes say why."""
     wrong = pictures(48, seed=1)
     wrong = LabelledPictures(wrong.sample_ids, wrong.pixels, (wrong.labels + 1) % 3)
-    change = settings(epochs=12, patience=2, learning_rate=3e-3, interpolate=True)
+    change = settings(epochs=12, patience=2, learning_rate=3e-3, after="interpolate")
     enough, few, none = (
-        fine_tune(network(), pictures(), change, validation=(wrong, wrong.take(range(n))))
+        tune(network(), pictures(), change, validation=(wrong, wrong.take(range(n))))
         for n in (LEAST_VALIDATION, LEAST_VALIDATION - 1, 0)
     )
     assert enough.best_epoch < len(enough.epochs) < 12
     assert enough.notes == ()
     assert enough.alpha < 1
-    for tuned, n in ((few, LEAST_VALIDATION - 1), (none, 0)):
-        assert tuned.best_epoch == len(tuned.epochs) == 12
-        assert tuned.alpha == 1
-        assert f"a validation set of {n} samples is too small" in tuned.notes[0]
-    unvalidated = fine_tune(network(), pictures(), change)
+    for result, n in ((few, LEAST_VALIDATION - 1), (none, 0)):
+        assert result.best_epoch == len(result.epochs) == 12
+        assert result.alpha == 1
+        assert f"a validation set of {n} samples is too small" in result.notes[0]
+    unvalidated = tune(network(), pictures(), change)
     assert unvalidated.notes == ()
     assert all(
         torch.equal(value, few.network.state_dict()[name])

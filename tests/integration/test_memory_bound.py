@@ -1,0 +1,58 @@
+"""What a set larger than its bound takes of the memory, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MEASURED = """
+from pathlib import Path
+import torch
+from sft.dataset import LabelledPictures, Role
+from sft.evaluate import answer
+from sft.memory import remember
+from sft.models import ModelConfig, build
+from sft.pictures import Preprocessing
+from sft.pixels import PixelSink
+from sft.train import TrainingSettings, fine_tune
+
+N, SHAPE = 24_000, (1, 32, 32)
+config = ModelConfig("mlp", ("a", "b"), Preprocessing(32, channels=1), (0.5,), (0.2,))
+
+def resident():
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index("RssAnon:") + 1]) / 1024
+
+def use(n, bound):
+    seen = [resident()]
+    look = lambda *_: seen.append(resident())
+    sink = PixelSink(SHAPE, bound * 2**20)
+    for i in range(n):
+        sink.add(torch.full(SHAPE, i % 251, dtype=torch.uint8))
+    look()
+    data = LabelledPictures(tuple(map(str, range(n))), sink.finish(), torch.arange(n) // 2 % 2)
+    train = data.take(range(0, n, 10))
+    network = build(config)
+    fine_tune(network, train, TrainingSettings(epochs=1), validation=(data,), on_batch=look)
+    answer(network, data)
+    look()
+    kept = remember(data, config.classes, [Role.TRAIN] * n, "first", encode=False)
+    kept.bounded(rehearsal=50, holdout=50).with_pictures(data)
+    look()
+    return max(seen) - seen[0]
+
+use(2000, 2)
+print(use(N, 2), use(N, 4096))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells RssAnon")
+def test_memory_stays_bounded() -> None:
+    """A set of 23 MB takes less than 20 under a bound of 2, and else over 40 (it is stacked)."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], check=True, capture_output=True, text=True
+    )
+    bounded, whole = map(float, done.stdout.split())
+    assert bounded < 20, done.stdout
+    assert whole > 40, done.stdout
