@@ -23,7 +23,7 @@ from flows.watch import watch
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deployments" / "prefect.yaml"
 MODEL, POOL = "digits", "scheduling-test"
-FLOWS = ("watch", "retrain", "adapt", "promote", "rollback")
+FLOWS = ("watch", "retrain", "adapt", "promote", "rollback", "prune")
 PATIENCE = 120.0
 
 
@@ -132,7 +132,7 @@ def test_deployments_are_scheduled_and_started_once(
     for name in FLOWS:
         schedules = [[s["id"] for s in d[name]["schedules"]] for d in (first, again)]
         assert schedules[0] == schedules[1]
-        assert len(schedules[0]) == (name == "watch")
+        assert len(schedules[0]) == (name in ("watch", "prune"))
 
     world.arrive(0, 1, labelled=True)
     started = watch(str(world.path)).done
