@@ -15,8 +15,9 @@ from typing import Any
 from sft_worlds import MEMORY, VALIDATING, Arrival, World, remember
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sft import after
 from sft.augment import Augmentation
-from sft.averaging import ensemble, greedy_soup, uniform_soup
+from sft.averaging import After, ensemble, greedy_soup, uniform_soup
 from sft.batchnorm import DomainNorm, add_domain, open_bank, reestimate
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, join
@@ -24,7 +25,7 @@ from sft.evaluate import answer, mean_loss
 from sft.models import Network
 from sft.schedules import Optimiser, Schedule
 from sft.strategies import Strategy
-from sft.train import TrainingSettings, fine_tune
+from sft.train import TrainingSettings
 
 DEFAULT = TrainingSettings()
 OLD = round(MEMORY * (1 - VALIDATING))
@@ -60,7 +61,7 @@ class Turn:
     def tune(self, start: Network | None = None, **changes: Any) -> Network:
         """Fine-tune the champion, or another start, as the settings say."""
         settings = replace(self.settings, **changes)
-        tuned = fine_tune(
+        tuned = after.tune(
             start or self.champion,
             self.arrival.fresh,
             settings,
@@ -227,7 +228,7 @@ PLAIN: Mapping[str, Any] = {
     "ewc": 0.0,
     "distillation": 0.0,
     "dark_experience": 0.0,
-    "interpolate": False,
+    "after": After.NOTHING,
     "class_weights": False,
     "freeze_first": 0,
     "train_last": 0,
@@ -265,7 +266,7 @@ def _strategy(strategy: Strategy, *, needs_norms: bool = False, **values: Any) -
 
 def _only(**values: Any) -> Method:
     """Hold the old by nothing but these terms."""
-    terms = ("rehearsal", "l2_sp", "ewc", "distillation", "dark_experience", "interpolate")
+    terms = ("rehearsal", "l2_sp", "ewc", "distillation", "dark_experience", "after")
     return _changed(**{**{key: PLAIN[key] for key in terms}, **values})
 
 
@@ -304,7 +305,7 @@ METHODS: dict[str, Method] = {
     "rehearsal, dark experience .3": _only(rehearsal=0.5, dark_experience=0.3),
     "all of them": _only(rehearsal=0.5, l2_sp=0.01, ewc=0.1, dark_experience=0.1),
     # after training
-    "interpolated": _changed(interpolate=True),
+    "interpolated": _changed(after=After.INTERPOLATE),
     "uniform soup of 3": Method(lambda turn: uniform_soup(_several(turn))),
     "greedy soup of 3": Method(_greedy),
     "ensemble of 3": Method(lambda turn: ensemble(_several(turn))),
