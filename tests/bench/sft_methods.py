@@ -25,7 +25,7 @@ from sft.evaluate import answer, mean_loss
 from sft.models import Network
 from sft.schedules import Optimiser, Schedule
 from sft.strategies import Strategy
-from sft.train import TrainingSettings
+from sft.train import TrainingSettings, fine_tune
 
 DEFAULT = TrainingSettings()
 OLD = round(MEMORY * (1 - VALIDATING))
