@@ -94,6 +94,7 @@ def promote(
     now = datetime.now(UTC)
     if registry.observe_moves(now) is not None:
         show_in_prefect(registry)
+    champion = registry.champion()
     number = version if version is not None else registry.alias(CHALLENGER)
     if number is None:
         raise RegistryError(
@@ -101,7 +102,6 @@ def promote(
             " --version"
         )
     candidate = registry.version(number)
-    champion = registry.champion()
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")

@@ -47,6 +47,7 @@ import flows.charts
 import flows.registry
 import flows.retrain
 import monitoring.report
+import sft.after
 from flows.promote import promote
 from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.rollback import rollback
@@ -289,8 +290,7 @@ class Boundaries:
             return plain_copy(*args, **kwargs)
 
         shutil.copy2 = copy  # what log_artifacts copies with
-        for module in (flows.bootstrap, flows.retrain):
-            module.fine_tune = self._tuning(module.fine_tune)  # type: ignore[attr-defined]
+        sft.after.fine_tune = self._tuning(sft.after.fine_tune)
 
     def _wrapped(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(client: MlflowClient, *args: Any, **kwargs: Any) -> Any:
@@ -433,6 +433,7 @@ def _child(
     )
     flows.charts.draw_confusions = _short_chart
     flows.charts.draw_still_wrong = cast("Any", _short_chart)
+    flows.charts.draw_training = cast("Any", _short_chart)
     boundaries.install()
     error, book = "", None
     try:

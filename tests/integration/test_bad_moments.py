@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def test_two_moves_at_once_end_with_one_champion(small_world: Callable[[str], World]) -> None:
-    """A rollback and a promotion race: one of them serves, and the record says the same."""
+    """A rollback and a promotion race: one of them serves, and the record says the same.
+
+    MLflow keeps one announcement: the mover whose own was overwritten counts as somebody by hand.
+    """
     world = small_world("race")
     world.arrive(0, labelled=True)
     retrain(str(world.path))
@@ -49,7 +52,8 @@ def test_two_moves_at_once_end_with_one_champion(small_world: Callable[[str], Wo
     champion = registry.champion()
     assert champion.number in (1, 3)
     assert not champion.rolled_back
-    assert champion.tags["promoted_why"] == f"to {champion.number}"
+    why = champion.tags["promoted_why"]
+    assert why == f"to {champion.number}" or "moved by hand" in why
     assert not registry.unobserved_move()
     assert registry.observe_moves(datetime.now(UTC)) is None
 

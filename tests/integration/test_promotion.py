@@ -87,7 +87,7 @@ def test_every_move_is_in_the_history_and_each_version_tells_its_story(
     assert "version 2 was champion, since" in told
     assert "by the gate instead of version 1: fresh hold-out" in told
     table = sustain(world, "history")
-    assert "rollback (ada)" in table
+    assert all(word in table for word in ("rollback", "(ada)", "the gate"))
     assert "(seen)" in table
     shown = Artifact.get("champions-history")
     assert shown is not None
