@@ -31,6 +31,7 @@ from flows import package
 from flows.package import Package
 from flows.servers import unreachable
 from flows.settings import Settings
+from flows.words import slug
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference
 from sft import models
@@ -389,7 +390,7 @@ class Registry:
             if known.url == url:
                 self.client.update_webhook(known.webhook_id, events=events, secret=secret)
                 return
-        self.client.create_webhook(f"sustain {self.name}", url, events, secret=secret)
+        self.client.create_webhook(f"sustain-{slug(self.name)}"[:60], url, events, secret=secret)
 
     # ---- the champion's moves
 
