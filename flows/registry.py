@@ -384,7 +384,17 @@ class Registry:
             self.client.delete_registered_model_alias(self.name, CHALLENGER)
 
     def call_on_moves(self, url: str, secret: str) -> None:
-        """Let MLflow's server call an address when an alias is moved; once for each address."""
+        """Let MLflow's server call an address when an alias is moved; once for each address.
+
+        Raises:
+            RegistryError: the settings name a database. Only the server's own process can read a
+                secret back, unless it was given MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY.
+        """
+        if not self.uri.startswith("http"):
+            raise RegistryError(
+                "a webhook is registered with MLflow's server: name its address under [servers]"
+                " mlflow, or in MLFLOW_TRACKING_URI"
+            )
         events: list[Any] = ["model_version_alias.created", "model_version_alias.deleted"]
         for known in self.client.list_webhooks():
             if known.url == url:

@@ -85,15 +85,15 @@ def test_a_moved_alias_takes_effect_by_itself(
     monkeypatch.setenv(SECRET, "a secret")
     logs = tmp_path / "logs"
     servers = [start_mlflow(world.settings, mlflow, logs)]
+    wait_until_healthy(f"http://127.0.0.1:{mlflow}/health", "MLflow", servers, logs)
     receiver = subprocess.Popen(
         [
             *(sys.executable, "-m", "flows.cli", "webhook", "-s", str(world.path)),
             *("--port", str(port), "--register", f"http://127.0.0.1:{port}"),
         ],
-        env={**os.environ},
+        env={**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}"},
     )
     try:
-        wait_until_healthy(f"http://127.0.0.1:{mlflow}/health", "MLflow", servers, logs)
         wait(lambda: answers(f"http://127.0.0.1:{port}/health"))
         forged = httpx.post(f"http://127.0.0.1:{port}/mlflow", content=BODY, headers=headers())
         assert forged.status_code == 401
