@@ -84,32 +84,30 @@ def test_a_moved_alias_takes_effect_by_itself(
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
     monkeypatch.setenv(SECRET, "a secret")
     logs = tmp_path / "logs"
-    servers = [start_mlflow(world.settings, mlflow, logs)]
-    wait_until_healthy(f"http://127.0.0.1:{mlflow}/health", "MLflow", servers, logs)
-    receiver = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "flows.cli", "webhook", "-s", str(world.path)),
-            *("--port", str(port), "--register", f"http://127.0.0.1:{port}"),
-        ],
-        env={**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}"},
-    )
+    address = f"http://127.0.0.1:{mlflow}"
+    started = [start_mlflow(world.settings, mlflow, logs)]
+    command = [
+        *(sys.executable, "-m", "flows.cli", "webhook", "-s", str(world.path)),
+        *("--port", str(port), "--register", f"http://127.0.0.1:{port}"),
+    ]
     try:
+        wait_until_healthy(f"{address}/health", "MLflow", started, logs)
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": address}
+        started.append(subprocess.Popen(command, env=environment, start_new_session=True))
         wait(lambda: answers(f"http://127.0.0.1:{port}/health"))
         forged = httpx.post(f"http://127.0.0.1:{port}/mlflow", content=BODY, headers=headers())
         assert forged.status_code == 401
         big = httpx.post(f"http://127.0.0.1:{port}/mlflow", content=b"x" * (MAX_BYTES + 1))
         assert big.status_code == 413
         moved = httpx.post(
-            f"http://127.0.0.1:{mlflow}/api/2.0/mlflow/registered-models/alias",
+            f"{address}/api/2.0/mlflow/registered-models/alias",
             json={"name": "hooked", "alias": "champion", "version": "1"},
         )
         moved.raise_for_status()
         wait(lambda: registry.version(2).rolled_back)
         assert "moved by hand" in registry.version(2).tags["reason"]
     finally:
-        receiver.terminate()
-        receiver.wait(timeout=30)
-        stop(servers)
+        stop(started)
 
 
 def answers(url: str) -> bool:
