@@ -147,8 +147,11 @@ def test_deployments_are_scheduled_and_started_once(
 
     # a worker runs what was deployed, from the folder that it was deployed from
     once = ("--run-once", "--limit", "1", "--install-policy", "never")
-    ran = prefect(prefect_server, home, "worker", "start", "--pool", POOL, *once)
-    (run,) = runs(prefect_server, first["retrain"]["id"])
+    for _ in range(5):  # it asks the server once: on a busy machine before the run is handed out
+        ran = prefect(prefect_server, home, "worker", "start", "--pool", POOL, *once)
+        (run,) = runs(prefect_server, first["retrain"]["id"])
+        if run["state_type"] == "COMPLETED":
+            break
     assert run["state_type"] == "COMPLETED", ran
     assert Registry(world.settings).alias(CHAMPION) == 2
 
