@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 NAME = "handwriting"
 NO_ASSISTANT = """
-    localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
-    localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+    if (window === window.top) {
+        localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+        localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+    }
 """
 
 
@@ -79,7 +81,7 @@ def fold_tags(page: Page) -> None:
 
 def move_champion_by_hand(address: str, screenshots: Path) -> None:
     """Give the alias to version 1 by clicks and keys, and see where it is before and after."""
-    with open_tab(900, f"if (window === window.top) {{ {NO_ASSISTANT} }}") as page:
+    with open_tab(900, NO_ASSISTANT) as page:
         open_versions(page, address)
         row_of(page, 2).get_by_text("@ champion").wait_for()
         page.screenshot(path=screenshots / "rollback-1.png")
@@ -103,7 +105,7 @@ def move_champion_by_hand(address: str, screenshots: Path) -> None:
 
 def read_report(url: str, path: Path) -> str:
     """Open a check's report in the UI's Artifacts tab; return the text of its frame."""
-    with open_tab(900, f"if (window === window.top) {{ {NO_ASSISTANT} }}") as page:
+    with open_tab(900, NO_ASSISTANT) as page:
         page.goto(url)
         page.get_by_role("tab", name="Artifacts", selected=True).wait_for()
         report = page.frame_locator("iframe[sandbox]")
