@@ -23,7 +23,8 @@ from flows.watch import watch
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "deployments" / "prefect.yaml"
 MODEL, POOL = "digits", "scheduling-test"
-FLOWS = ("watch", "retrain", "adapt", "promote", "rollback", "prune")
+FLOWS = ("watch", "retrain", "adapt", "promote", "rollback", "prune", "reconcile")
+SCHEDULED = ("watch", "prune", "reconcile")
 PATIENCE = 120.0
 
 
@@ -82,6 +83,8 @@ def edited(tmp_path: Path, settings_path: Path) -> Path:
     text = FILE.read_text()
     changes = {
         "&model parts ": f"&model {MODEL} ",
+        "model:parts": f"model:{MODEL}",
+        "drift.model.parts": f"drift.model.{MODEL}",
         "settings_path: deployments/sustain.toml": f"settings_path: {settings_path}",
         "name: sustain\n": f"name: {POOL}\n",
         "interval: 600 ": "interval: 15 ",
@@ -132,14 +135,14 @@ def test_deployments_are_scheduled_and_started_once(
     for name in FLOWS:
         schedules = [[s["id"] for s in d[name]["schedules"]] for d in (first, again)]
         assert schedules[0] == schedules[1]
-        assert len(schedules[0]) == (name in ("watch", "prune"))
+        assert len(schedules[0]) == (name in SCHEDULED)
 
     world.arrive(0, 1, labelled=True)
-    started = watch(str(world.path)).done
-    assert started.startswith(f"started the deployment retrain/{MODEL}")
-    assert watch(str(world.path)).done == started  # the same run: it waits for a worker
-    (run,) = runs(prefect_server, first["retrain"]["id"])
-    assert run["name"] in started
+    assert watch(str(world.path)).done.startswith(f"told the deployment retrain/{MODEL}")
+    (run,) = wait_for("run of retrain", lambda: runs(prefect_server, first["retrain"]["id"]))
+    told = f"the deployment retrain/{MODEL} was started ({run['name']})"
+    assert watch(str(world.path)).done == told  # the same run: it waits for a worker
+    assert len(runs(prefect_server, first["retrain"]["id"])) == 1
     assert run["parameters"]["cause"] == "drift in batch optical-02"
     event = wait_for("event", lambda: drift_events(prefect_server))[0]
     assert event["payload"]["window"] == "optical-02"
