@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -177,7 +178,7 @@ def _specs(settings: Settings) -> Iterator[_Spec]:
     parameters = {"settings_path": str(settings.path)}
     # the next one on schedule sees all that one which comes too soon, or late, would have seen
     yield _Spec(watch, model, parameters, when.watch, when.timezone, strategy="CANCEL_NEW")
-    told = {name: "{{ event.payload.%s }}" % name for name in ("cause", "check", "key")}
+    told = {name: f"{{{{ event.payload.{name} }}}}" for name in ("cause", "check", "key")}
     yield _Spec(retrain, model, parameters, trigger=told)
     yield from (_Spec(flow, model, parameters) for flow in (adapt, promote, rollback))
     yield _Spec(prune, model, parameters, when.prune, when.timezone)
@@ -197,12 +198,10 @@ def _ensure_pool(client: SyncPrefectClient, pool: str) -> None:
         client.read_work_pool(pool)
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
-        try:
+        with suppress(ObjectAlreadyExists):  # another one was faster
             client.create_work_pool(
                 WorkPoolCreate(name=pool, type="process", base_job_template=template)
             )
-        except ObjectAlreadyExists:  # another one was faster
-            pass
 
 
 def _there(client: SyncPrefectClient, pool: str) -> Iterator[tuple[str, DeploymentResponse]]:

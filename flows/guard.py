@@ -20,6 +20,7 @@ from types import FrameType
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 """Of prctl(2)."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 5.0
 """From SIGTERM to SIGKILL."""
 
@@ -27,7 +28,7 @@ GRACE_SECONDS = 5.0
 def guarded(run: Callable[[], None]) -> int:
     """Run in a process of its own, end all that it started, and return its exit code.
 
-    SIGINT, SIGTERM and SIGHUP are passed on to it.
+    SIGINT, SIGTERM and SIGHUP are passed on to it, and are a KeyboardInterrupt there.
     """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     parent = os.getpid()
@@ -40,7 +41,7 @@ def guarded(run: Callable[[], None]) -> int:
         with suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, pass_on)
     _, status = os.waitpid(child, 0)
     end_descendants()
@@ -69,6 +70,8 @@ def _work(run: Callable[[], None], parent: int) -> int:
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died in between
         return 1
+    for number in SIGNALS:  # a shell that starts a command in the background ignores Ctrl-C for it
+        signal.signal(number, signal.default_int_handler)
     code = 1
     try:
         run()
@@ -78,7 +81,7 @@ def _work(run: Callable[[], None], parent: int) -> int:
     except BaseException:  # noqa: BLE001 - as the interpreter does at the end of a process
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         end_descendants()
         with suppress(OSError):

@@ -95,9 +95,7 @@ def _open_runs(client: SyncPrefectClient, model: str) -> Iterator[FlowRun]:
     yield from (run for run in found if str(run.id) != flow_run.id)
 
 
-def _is_dead(
-    client: SyncPrefectClient, run: FlowRun, now: datetime, silent_seconds: float
-) -> bool:
+def _is_dead(client: SyncPrefectClient, run: FlowRun, now: datetime, silent_seconds: float) -> bool:
     if run.state is None:
         return False
     patience = silent_seconds if run.state.is_running() else max(silent_seconds, STARTING_SECONDS)

@@ -168,8 +168,8 @@ class Registry:
             problem := unreachable(f"{self.uri.rstrip('/')}/health")
         ):
             raise RegistryError(
-                f"MLflow at {shown_uri(self.uri)} {problem}: is the server running, and is [servers]"
-                " mlflow (or MLFLOW_TRACKING_URI) right?"
+                f"MLflow at {shown_uri(self.uri)} {problem}: is the server running, and is"
+                " [servers] mlflow (or MLFLOW_TRACKING_URI) right?"
             )
         try:
             self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)

@@ -16,7 +16,7 @@ from pathlib import Path
 from flows.settings import Settings, shown_uri
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # noqa: S105 - the variables' names
+MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 POOL = "sustain"
 """Prefect's work pool."""
 CONNECT_SECONDS = 5.0

@@ -250,7 +250,7 @@ class LogSettings:
     def __post_init__(self) -> None:
         """Refuse forms that there are not."""
         if self.format not in ("", "json"):
-            raise ValueError(f"format must be empty or \"json\", got {self.format!r}")
+            raise ValueError(f'format must be empty or "json", got {self.format!r}')
 
 
 NOTIFY_EVENTS = ("drift", "labels", "approval", "promoted", "refused", "rolled_back", "failed")

@@ -26,6 +26,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from flows.guard import SIGNALS
 from flows.servers import (
     LOOPBACK,
     MLFLOW_PASSWORD,
@@ -207,24 +208,18 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def servers(
-    models: Sequence[Settings], place: Place, more: Mapping[str, str]
-) -> Iterator[Running]:
+def servers(models: Sequence[Settings], place: Place, more: Mapping[str, str]) -> Iterator[Running]:
     """Give the environment in which things are started; stop all of them at the end."""
     environment = {**os.environ, **_environment(models[0], place), **more}
     if place.open:
         environment |= _credentials(models[0], place)
     running = Running(place, models[0].root / "logs", environment)
-    # a shell that starts a command in the background lets it ignore Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(0))
     try:
         yield running
     except KeyboardInterrupt:
         Console().print("stopping")
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in SIGNALS:  # once is enough
             signal.signal(number, signal.SIG_IGN)
         stop(list(running.processes.values()))
 
@@ -247,7 +242,9 @@ def _begin(running: Running, models: Sequence[Settings]) -> tuple[str, str]:
         running.add("MLflow", process)
     if not prefect:
         prefect = place.url(place.prefect)
-        process = start_prefect(place.prefect, running.logs, host=place.host, environment=environment)
+        process = start_prefect(
+            place.prefect, running.logs, host=place.host, environment=environment
+        )
         running.add("Prefect", process)
     running.wait(f"{mlflow}/health", "MLflow")
     running.wait(f"{prefect}/api/health", "Prefect")
@@ -264,10 +261,11 @@ def _named(models: Sequence[Settings]) -> tuple[str, str]:
     uris = sorted({one.mlflow_uri for one in models})
     apis = sorted({one.servers.prefect.removesuffix("/api") for one in models})
     if len(uris) > 1 or len(apis) > 1:
+        shown = ", ".join(shown_uri(one) for one in (*uris, *apis) if one)
         raise UpError(
-            f"these models are on several servers ({', '.join(map(shown_uri, filter(None, (*uris, *apis))))}):"
-            " name the same ones under [servers] of each, such as mlflow ="
-            ' "sqlite:////ABSOLUTE/mlflow.db", or run one `sustain up` for each, on ports of its own'
+            f"these models are on several servers ({shown}): name the same ones under [servers] of"
+            ' each, such as mlflow = "sqlite:////ABSOLUTE/mlflow.db", or run one `sustain up` for'
+            " each, on ports of its own"
         )
     return uris[0], apis[0]
 
@@ -337,7 +335,9 @@ def _try_credentials(mlflow: str, environment: Mapping[str, str]) -> None:
     """See that MLflow takes the credentials: it remembers those of its first start."""
     request = urllib.request.Request(  # noqa: S310 - our own server
         f"{mlflow}/api/2.0/mlflow/experiments/search?max_results=1",
-        headers={"Authorization": basic(f"{environment[MLFLOW_USER]}:{environment[MLFLOW_PASSWORD]}")},
+        headers={
+            "Authorization": basic(f"{environment[MLFLOW_USER]}:{environment[MLFLOW_PASSWORD]}")
+        },
     )
     try:
         with urllib.request.urlopen(request, timeout=30):  # noqa: S310
@@ -406,7 +406,9 @@ def _wait_for_worker(running: Running, prefect: str, name: str) -> None:
 
 def _addresses(models: Sequence[Settings], place: Place, mlflow: str, prefect: str) -> Table:
     receiver = place.url(place.webhook)
-    table = Table(title=f"serving {', '.join(one.model.name for one in models)}", title_justify="left")
+    table = Table(
+        title=f"serving {', '.join(one.model.name for one in models)}", title_justify="left"
+    )
     for column in ("what", "where", "what for"):
         table.add_column(column, overflow="fold")
     for one in models:

@@ -183,8 +183,8 @@ def serve(
     login = "" if host in LOOPBACK else f"{user}:{password}"
     if login and not (user and password):
         raise WebhookError(
-            f"to listen on {host}, where others can call, {MLFLOW_USER} and {MLFLOW_PASSWORD} are needed in the"
-            " environment: /metrics asks for them"
+            f"to listen on {host}, where others can call, {MLFLOW_USER} and {MLFLOW_PASSWORD} are"
+            " needed in the environment: /metrics asks for them"
         )
     registries = [Registry(settings) for settings in models]
     if register:

@@ -206,9 +206,7 @@ def test_a_champion_keeps_its_task(tmp_path: Path, text: str, message: str) -> N
         ("watch = nan", "watch must be at least 1 second"),
     ],
 )
-def test_schedules_that_cannot_be_kept_are_refused(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_schedules_that_cannot_be_kept_are_refused(tmp_path: Path, text: str, message: str) -> None:
     """By name, when the settings are read, and not by the server at night."""
     path = written(tmp_path, f'[model]\nname = "m"\n[schedule]\n{text}\n')
     with pytest.raises(SettingsError, match=message):

@@ -36,7 +36,10 @@ def test_a_second_one_is_told_who_runs(tmp_path: Path) -> None:
     with only_one(tmp_path):
         pid = int((tmp_path / LOCK).read_text())
         assert pid == os.getppid()
-        with pytest.raises(UpError, match=rf"runs already .* \(process {pid}\)"), only_one(tmp_path):
+        with (
+            pytest.raises(UpError, match=rf"runs already .* \(process {pid}\)"),
+            only_one(tmp_path),
+        ):
             pass
     holder = f"""
 import os, signal
