@@ -30,11 +30,12 @@ from prefect.client.schemas.objects import (
     VersionInfo,
 )
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.deployments.runner import RunnerDeployment
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.flows import EntrypointType
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
@@ -154,7 +155,9 @@ def deploy(models: Sequence[Settings], pool: str = POOL) -> Deployed:
         _ensure_pool(client, pool)
         known = {one.name: one for one in specs}
         there = dict(_there(client, pool))
-        made, changed, same = [], [], []
+        made: list[str] = []
+        changed: list[str] = []
+        same: list[str] = []
         for name, spec in known.items():
             version, before = spec.version(pool), there.get(name)
             if before is not None and before.version == version:
@@ -250,6 +253,10 @@ def _guard(client: SyncPrefectClient) -> None:
                 threshold=1,
                 within=timedelta(seconds=SILENT_SECONDS),
             ),
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message=words)],
+            actions=[
+                ChangeFlowRunState(
+                    name="Crashed", state=StateType.CRASHED, message=words, force=False
+                )
+            ],
         )
     )

@@ -79,7 +79,7 @@ def _work(run: Callable[[], None], parent: int) -> int:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:  # noqa: BLE001 - as the interpreter does at the end of a process
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
+        sys.excepthook(*sys.exc_info())
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

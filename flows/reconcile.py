@@ -15,7 +15,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events.filters import (
     EventFilter,
     EventNameFilter,
@@ -24,6 +24,7 @@ from prefect.events.filters import (
 )
 from prefect.runtime import flow_run
 from prefect.states import Crashed
+from prefect.types import DateTime
 
 from flows.notify import tell_of_failure
 from flows.registry import Registry
@@ -69,7 +70,7 @@ def reconcile(settings_path: str, silent_seconds: float = SILENT_SECONDS) -> Rec
     with get_client(sync_client=True) as client:
         for run in list(_open_runs(client, settings.model.name)):
             if _is_dead(client, run, now, silent_seconds):
-                state = Crashed(message="Its worker died: reconciled.")
+                state: State[None] = Crashed(message="Its worker died: reconciled.")
                 client.set_flow_run_state(run.id, state)
                 crashed.append(run.name)
             else:
@@ -104,7 +105,7 @@ def _is_dead(client: SyncPrefectClient, run: FlowRun, now: datetime, silent_seco
         return False
     heard = client.read_events(
         EventFilter(
-            occurred=EventOccurredFilter(since=since),
+            occurred=EventOccurredFilter(since=DateTime.instance(since)),
             event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
             resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
         ),
