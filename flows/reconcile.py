@@ -24,7 +24,6 @@ from prefect.events.filters import (
 )
 from prefect.runtime import flow_run
 from prefect.states import Crashed
-from prefect.types import DateTime
 
 from flows.notify import tell_of_failure
 from flows.registry import Registry
@@ -105,7 +104,7 @@ def _is_dead(client: SyncPrefectClient, run: FlowRun, now: datetime, silent_seco
         return False
     heard = client.read_events(
         EventFilter(
-            occurred=EventOccurredFilter(since=DateTime.instance(since)),
+            occurred=EventOccurredFilter.model_validate({"since": since}),
             event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
             resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
         ),

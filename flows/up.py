@@ -44,6 +44,7 @@ from flows.servers import (
 from flows.settings import Settings, shown_uri
 
 LOCK = "up.lock"
+WORKER, RECEIVER = "the worker", "the webhook's receiver"
 USERS, USERS_SETTINGS = "mlflow-users.db", "mlflow-users.ini"
 PREFECT_AUTH = "PREFECT_API_AUTH_STRING"
 WEBHOOK_SECRET = "WEBHOOK_SECRET"  # noqa: S105 - the variable's name
@@ -152,7 +153,7 @@ def up(models: Sequence[Settings], place: Place) -> None:
             worker = f"up-{socket.gethostname()}-{os.getpid()}"
             _start_worker(running, worker)
             _start_receiver(running, files)
-            running.wait(f"{place.url(place.webhook)}/health", "the webhook's receiver")
+            running.wait(f"{place.url(place.webhook)}/health", RECEIVER)
             _wait_for_worker(running, prefect, worker)
         console.print(_addresses(models, place, mlflow, prefect))
         console.print("Ctrl-C stops all of it")
@@ -307,6 +308,7 @@ def _credentials(first: Settings, place: Place) -> dict[str, str]:
     path.write_text(
         f"[mlflow]\ndatabase_uri = sqlite:///{first.root / USERS}\n"
         "default_permission = NO_PERMISSIONS\n"
+        "auth_cache_ttl_seconds = 60\n"  # else each request hashes the password: seconds when busy
     )
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(path),
@@ -367,7 +369,7 @@ def _start_worker(running: Running, name: str) -> None:
         *("--pool", POOL, "--name", name, "--install-policy", "never"),
     ]
     process = start(command, running.environment, running.logs / "worker.log")
-    running.add("the worker", process)
+    running.add(WORKER, process)
 
 
 def _start_receiver(running: Running, files: list[str]) -> None:
@@ -377,7 +379,7 @@ def _start_receiver(running: Running, files: list[str]) -> None:
         *("--host", place.host, "--register", place.url(place.webhook)),
     ]
     process = start(command, running.environment, running.logs / "webhook.log")
-    running.add("the webhook's receiver", process)
+    running.add(RECEIVER, process)
 
 
 def _wait_for_worker(running: Running, prefect: str, name: str) -> None:
@@ -387,21 +389,20 @@ def _wait_for_worker(running: Running, prefect: str, name: str) -> None:
         headers["Authorization"] = basic(login)
     request = urllib.request.Request(  # noqa: S310 - our own server
         f"{prefect}/api/work_pools/{POOL}/workers/filter",
-        data=json.dumps({"workers": {"name": {"any_": [name]}}}).encode(),
+        data=b"{}",
         headers=headers,
         method="POST",
     )
-    end = time.monotonic() + START_SECONDS
-    while True:
+    end, why = time.monotonic() + START_SECONDS, ""
+    while running.processes[WORKER].poll() is None and time.monotonic() < end:
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
                 if any(one["name"] == name for one in json.load(answer)):
                     return
-        except (urllib.error.URLError, OSError):
-            pass  # it is starting
-        if running.processes["the worker"].poll() is not None or time.monotonic() > end:
-            raise ServerError(f"the worker did not start; its log is in {running.logs}")
+        except OSError as error:  # it is busy
+            why = f" ({error})"
         time.sleep(0.3)
+    raise ServerError(f"Prefect knows of no worker{why}; its log is in {running.logs}")
 
 
 def _addresses(models: Sequence[Settings], place: Place, mlflow: str, prefect: str) -> Table:
