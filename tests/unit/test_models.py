@@ -4,9 +4,9 @@ import gc
 import hashlib
 import json
 import pickle
-import zipfile
 import sys
 import types
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
