@@ -38,6 +38,7 @@ def test_the_metrics_are_those_of_the_record(
 ) -> None:
     """Checks, alarms, accuracy, time and queue, also of a model whose feed is gone."""
     world, other = small_world("seen"), small_world("blind")
+    world.path.write_text(world.path.read_text().replace("min_labels = 30", "min_labels = 1000"))
     world.arrive(0)
     watch(str(world.path))
     world.arrive(1, 2, labelled=True)

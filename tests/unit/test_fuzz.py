@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,18 @@ def broken(draw: Callable[[SearchStrategy[object]], object], good: bytes) -> byt
     return bytes(content)
 
 
+@contextmanager
+def refused(error: type[Exception], words: str = "") -> Iterator[None]:
+    """Let this error pass, if it says something; any other fails the test."""
+    said = words or "x"
+    try:
+        yield
+    except error as one:
+        said = str(one)
+    assert said.strip()
+    assert words in said
+
+
 def hostile(good: bytes) -> SearchStrategy[bytes]:
     return st.binary(max_size=200) | broken(good)
 
@@ -86,11 +98,8 @@ def hostile(good: bytes) -> SearchStrategy[bytes]:
 ))  # fmt: skip
 def test_bytes_of_pictures(encoded: bytes) -> None:
     """A picture of the asked size, or a reason in a few words."""
-    try:
+    with refused(BadPicture):
         decoded = decode(encoded, Preprocessing(image_size=8), max_pixels=10_000)
-    except BadPicture as error:
-        assert 0 < len(error.reason) < 300
-    else:
         assert decoded.pixels.shape == (3, 8, 8)
 
 
@@ -107,12 +116,9 @@ def test_metadata_of_a_batch(kind: str, data: st.DataObject) -> None:
         for number in (1, 2):
             (batch / f"{number}.png").write_bytes(picture(number))
         (batch / f"metadata.{kind}").write_bytes(content)
-        try:
+        with refused(FeedError):
             (found,) = list_batches(LENIENT, root)
             read = read_batch(found, LENIENT, root, SEEN)
-        except FeedError as error:
-            assert str(error)
-        else:
             assert len(read.samples) + len(read.quarantined) >= 2
 
 
@@ -126,11 +132,8 @@ def test_files_of_labels(kind: str, data: st.DataObject) -> None:
         root = Path(name)
         (root / "labels").mkdir()
         (root / "labels" / f"a.{kind}").write_bytes(content)
-        try:
+        with refused(FeedError):
             table = read_labels(LENIENT, root)
-        except FeedError as error:
-            assert str(error)
-        else:
             assert all(isinstance(one, str) and one.strip() for one in table.labels["label"])
             assert not table.labels["sample_id"].duplicated().any()
 
@@ -148,10 +151,8 @@ def test_settings(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "sustain.toml"
         path.write_bytes(content)
-        try:
+        with refused(SettingsError, "sustain.toml"):
             assert load_settings(path, environ={}).model.name
-        except SettingsError as error:
-            assert "sustain.toml" in str(error)
 
 
 @FAST
@@ -163,10 +164,8 @@ def test_known_settings_of_any_value(section: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "sustain.toml"
         path.write_text('[model]\nname = "m"\n')
-        try:
+        with refused(SettingsError):
             load_settings(path, environ={f"SUSTAIN_{section}_{key}".upper(): value})
-        except SettingsError as error:
-            assert str(error)
 
 
 @FAST
@@ -180,10 +179,8 @@ def test_configurations_of_a_model(content: bytes) -> None:
     """An edited configuration is a network's, or it is refused; no code is looked for."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_bytes(content)
-        try:
+        with refused(ModelError, "config.json"):
             assert read_config(Path(name)).classes
-        except ModelError as error:
-            assert "config.json" in str(error)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
@@ -199,11 +196,8 @@ def test_files_of_weights(name: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data.draw(hostile(good)))
-        try:
+        with refused(ModelError, name):
             state = read_state_dict(path)
-        except ModelError as error:
-            assert name in str(error)
-        else:
             assert all(isinstance(value, torch.Tensor) for value in state.values())
 
 
