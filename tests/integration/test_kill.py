@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(
 )  # of the first test: it waits for its cases on a busy machine
 DRIVERS = 2
 EVERYTHING = bool(os.environ.get("KILL_ALL"))
-DECIDE = ("create_model_version", "verdict", "champion", "alias", "FINISHED")
+DECIDE = ("create_model_version", "verdict", "champion", "alias", "terminated")
 """What is in the names of writes that others act on."""
 TWICE = ("RetrainError: 0 fresh labels", "RegistryError: version 1 is the first champion")
 ENVIRONMENT = {
