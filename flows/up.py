@@ -91,7 +91,19 @@ class Place:
 
     def url(self, port: int) -> str:
         """The address for this machine."""
-        return f"http://{self.near}:{port}"
+        host = f"[{self.near}]" if ":" in self.near else self.near
+        return f"http://{host}:{port}"
+
+    def require_free(self, option: str, port: int) -> None:
+        """Refuse a port on which somebody listens: another server would be taken for ours."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            socket.create_server((self.host, port), family=family).close()
+        except OSError as error:
+            raise UpError(
+                f"cannot listen on {self.host}, port {port} ({error.strerror}): name another one"
+                f" with --{option}-port"
+            ) from None
 
 
 @dataclass
@@ -144,6 +156,7 @@ def up(models: Sequence[Settings], place: Place) -> None:
             stack.enter_context(only_one(folder))
         secret = os.environ.get(WEBHOOK_SECRET) or secrets.token_hex(32)
         running = stack.enter_context(servers(models, place, {WEBHOOK_SECRET: secret}))
+        place.require_free("webhook", place.webhook)
         with console.status("starting MLflow and Prefect"):
             mlflow, prefect = _begin(running, models)
         files = [word for one in models for word in ("-s", str(one.path))]
@@ -230,6 +243,7 @@ def _begin(running: Running, models: Sequence[Settings]) -> tuple[str, str]:
     place, environment = running.place, running.environment
     mlflow, prefect = _named(models)
     if not mlflow.startswith("http"):
+        place.require_free("mlflow", place.mlflow)
         mlflow = place.url(place.mlflow)
         process = start_mlflow(
             models[0],
@@ -242,6 +256,7 @@ def _begin(running: Running, models: Sequence[Settings]) -> tuple[str, str]:
         )
         running.add("MLflow", process)
     if not prefect:
+        place.require_free("prefect", place.prefect)
         prefect = place.url(place.prefect)
         process = start_prefect(
             place.prefect, running.logs, host=place.host, environment=environment
@@ -281,9 +296,10 @@ def _environment(first: Settings, place: Place) -> dict[str, str]:
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
     }
+    told = {name: os.environ.get(name, value) for name, value in told.items()}
     if home := first.servers.prefect_home:
         told["PREFECT_HOME"] = str((first.root / home).resolve())
-    return {name: os.environ.get(name, value) for name, value in told.items()}
+    return told
 
 
 def _credentials(first: Settings, place: Place) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,18 @@ def test_where_others_call(tmp_path: Path) -> None:
     anywhere = Place("0.0.0.0")  # noqa: S104
     assert anywhere.near == "127.0.0.1"
     assert "0.0.0.0" not in anywhere.called  # noqa: S104
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    """Else another model's server would be taken for this one's."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UpError, match=rf"port {port} .*: name another one with --mlflow-port"):
+            Place().require_free("mlflow", port)
+    Place().require_free("mlflow", port)
+
+
+def test_addresses_of_both_families() -> None:
+    """An IPv6 address stands in brackets."""
+    assert Place("::1").url(5000) == "http://[::1]:5000"
+    assert Place("::").url(5000) == Place().url(5000) == "http://127.0.0.1:5000"
