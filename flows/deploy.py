@@ -246,7 +246,7 @@ def _guard(client: SyncPrefectClient) -> None:
                     "prefect.resource.role": "tag",
                     "prefect.resource.id": f"prefect.tag.{TAG}",
                 },
-                after={heartbeat},
+                after={heartbeat, "prefect.flow-run.Running"},
                 expect={heartbeat, *(f"prefect.flow-run.{end}" for end in ends)},
                 for_each={"prefect.resource.id"},
                 posture=Posture.Proactive,
