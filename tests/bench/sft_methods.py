@@ -106,7 +106,7 @@ class Outcome:
 
     Attributes:
         domains: the first one, then those that arrived.
-        accuracies: (stages, domains), in percent, after each stage.
+        accuracies: (stages, domains), in percent, after each stage; NaN where no figure needs it.
         before: of the champion, on each domain.
         seconds: CPU time of each stage.
         steps: of the optimiser, of each stage.
@@ -160,12 +160,12 @@ def follow(world: World, method: Method, seed: int) -> Outcome:
         network = method.make(turn)
         seconds.append(time.process_time() - turn.began)
         steps.append(turn.steps)
-        accuracies.append(scores(network, world))
+        accuracies.append(after_stage(network, world, place))
         memory = remember(memory, arrival.fresh, OLD, seed)
         validation = remember(validation, arrival.validation, MEMORY - OLD, seed)
     return Outcome(
         tuple(world.tests),
-        scores(world.champion, world),
+        before(world),
         tuple(accuracies),
         tuple(seconds),
         tuple(steps),
@@ -186,9 +186,27 @@ def _probe(world: World, method: Method) -> None:
         )
 
 
-def scores(network: Network, world: World) -> tuple[float, ...]:
-    """Give the accuracy on each domain, in percent."""
-    return tuple(100 * answer(network, data).accuracy for data in world.tests.values())
+_BEFORE: dict[str, tuple[float, ...]] = {}
+
+
+def before(world: World) -> tuple[float, ...]:
+    """Give the champion's accuracy on each domain; it is the same for all seeds and labels."""
+    if world.name not in _BEFORE:
+        _BEFORE[world.name] = after_stage(world.champion, world, len(world.arrivals) - 1)
+    return _BEFORE[world.name]
+
+
+def after_stage(network: Network, world: World, place: int) -> tuple[float, ...]:
+    """Give the accuracy on each domain, in percent; before the last stage, on the newest alone."""
+    if network is world.champion and world.name in _BEFORE:
+        return before(world)
+    last = place == len(world.arrivals) - 1
+    return tuple(
+        100 * answer(network, data, batch_size=16).accuracy
+        if last or name == world.arrivals[place].domain
+        else math.nan
+        for name, data in world.tests.items()
+    )
 
 
 def has_norms(network: Network) -> bool:
