@@ -58,6 +58,7 @@ from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import LabelsRefusedError, RetrainError, retrain
 from flows.rollback import rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
+from flows.shadow import load_shadow, out_of_shadow
 from flows.storage import FeedError
 from monitoring.policy import (
     Action,
@@ -88,7 +89,8 @@ class Plan:
         untold: there is something that people should have been told of.
         standing: the newest check that found damage, if it stands to be decided again.
         adapting: the newest check that asks for labels, if a challenger without labels is due.
-        waiting: such a challenger that can be judged now, since its labels came.
+        waiting: such a challenger that can be judged now, since its labels came, or one that has
+            answered its batches in the shadow.
         labels: all labels.
         decider: decides, by the fresh labels and by what happened before.
     """
@@ -179,7 +181,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         asking=decider.asking(present),
         standing=decider.standing(present),
         adapting=drift_to_adapt_to(registry, settings, champion, present),
-        waiting=judgeable(registry, champion, labels),
+        waiting=judgeable(registry, champion, labels) or out_of_shadow(registry, champion),
         untold=bool(settings.notify.to and untold(registry, settings, now)),
         labels=labels,
         decider=decider,
@@ -288,7 +290,8 @@ def check_all(
         What was checked, and what the storage did not give: that is tried again by the next run,
         and does not keep the other batches waiting.
     """
-    against = load_champion(registry, plan.champion)
+    shadow = load_shadow(registry, plan.champion)
+    against = load_champion(registry, plan.champion, shadow)
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
@@ -385,7 +388,7 @@ def _end_probation(
 
 
 def _judge_waiting(settings: Settings, plan: Plan) -> tuple[Decision, str] | None:
-    """Judge a challenger whose labels came; return why and what was done if it was promoted."""
+    """Judge a challenger that waited; return why and what was done if it was promoted."""
     if plan.waiting is None:
         return None
     judged = promote(str(settings.path), version=plan.waiting.number)
