@@ -97,7 +97,9 @@ def test_no_suspicion_no_files() -> None:
 def test_a_champion_adapted_to_a_delivery_answers_it_better() -> None:
     """Through a drifted sensor; one without batch norm has no such answers to give."""
     factory = "samples:batch_norm_net"
-    config = ModelConfig(factory, tuple("0123456789"), Preprocessing(8, channels=1), (0.3,), (0.35,))
+    config = ModelConfig(
+        factory, tuple("0123456789"), Preprocessing(8, channels=1), (0.3,), (0.35,)
+    )
     settings = TrainingSettings(epochs=5, learning_rate=4e-3, l2_sp=0.0, freeze_batch_norm=False)
     start = build(config, allowed_factories=[factory])
     champion = fine_tune(start, optical_digits().take(range(400)), settings).network
