@@ -381,8 +381,8 @@ def _vouched(adapted: Floats, labels: Integers) -> float:
     """
     n, classes = adapted.shape
     predicted = adapted.argmax(axis=1)
-    chance = np.bincount(predicted, minlength=classes) @ np.bincount(labels, minlength=classes)
-    chance /= n**2
+    answered, named = (np.bincount(rows, minlength=classes) / n for rows in (predicted, labels))
+    chance = float(answered @ named)
     beyond = float((predicted == labels).mean() - chance)
     if beyond < NO_CHANCE * math.sqrt(chance * (1 - chance) / n):
         return 0.0
