@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -41,12 +41,15 @@ class Delivery:
     """Fresh labels, and what is thought of them.
 
     Attributes:
-        verdict: on all of them, the hold-out too: whether a person should look first.
+        judged: all of them, the hold-out too; or those of the changed world, if only they are
+            refused.
+        verdict: on those: whether a person should look first.
         usable: those that may be learned from.
         doubt: on the usable ones alone: held-out labels must not choose what is learned.
         believed: the usable ones that are learned from, with how much each counts.
     """
 
+    judged: LabelledPictures
     verdict: LabelVerdict
     usable: LabelledPictures
     doubt: LabelVerdict
@@ -59,10 +62,13 @@ def judge_delivery(
     old: LabelledPictures,
     classes: Sequence[str],
     settings: NoiseSettings,
+    changed: Collection[str] = (),
 ) -> Delivery:
     """Judge fresh labels by what the champion sees in their pictures, in one forward pass.
 
-    Only labels that name one class are judged; of other tasks nothing is suspicious.
+    Only labels that name one class are judged; of other tasks nothing is suspicious. Labels of the
+    batches that changed are judged by themselves too: among many labels of a known world, whose
+    pictures are the surest, wrong ones of a new world are not seen.
 
     Args:
         champion: whose embeddings and answers are used.
@@ -70,6 +76,7 @@ def judge_delivery(
         old: rehearsed samples, which stand beside it.
         classes: those of the champion, and new ones after them.
         settings: section [noise].
+        changed: ids of the batches that rang.
     """
     ids = labelled.sample_ids
     usable = [i for i, name in enumerate(ids) if role_of(name) is not Role.HOLDOUT]
@@ -77,7 +84,7 @@ def judge_delivery(
         words = f"the labels were not judged: a {champion.config.task.name} model has no one class"
         nothing = (not_judged(np.zeros(len(rows), np.int64), words) for rows in (ids, usable))
         learned = labelled.take(usable)
-        return Delivery(next(nothing), learned, next(nothing), learned)
+        return Delivery(labelled, next(nothing), learned, next(nothing), learned)
     beside = old.take(np.random.default_rng(0).permutation(len(old))[:OLD_SAMPLES].tolist())
     embeddings, probabilities = see(champion, labelled.pixels)
     old_embeddings = see(champion, beside.pixels)[0] if len(beside) else None
@@ -99,8 +106,14 @@ def judge_delivery(
     believed = labelled.take(usable)
     if settings.action is not NoiseAction.KEEP:
         believed = replace(believed, weights=weights).take(weights.nonzero().flatten().tolist())
+    judged, verdict = labelled, judge(range(len(ids)))
+    new = [i for i, name in enumerate(ids) if name.split("/", 1)[0] in changed]
+    if 0 < len(new) < len(ids) and not verdict.stop and (own := judge(new)).stop:
+        words = f"the {len(new)} labels of the batches that changed: {own.words}"
+        judged, verdict = labelled.take(new), replace(own, words=words)
     return Delivery(
-        verdict=judge(range(len(ids))),
+        judged=judged,
+        verdict=verdict,
         usable=labelled.take(usable),
         doubt=doubt,
         believed=believed,

@@ -381,8 +381,8 @@ def _vouched(adapted: Floats, labels: Integers) -> float:
     """
     n, classes = adapted.shape
     predicted = adapted.argmax(axis=1)
-    answered, named = (np.bincount(rows, minlength=classes) / n for rows in (predicted, labels))
-    chance = float(answered @ named)
+    counts = (np.bincount(rows, minlength=classes) for rows in (predicted, labels))
+    chance = float(np.dot(*counts)) / n**2
     beyond = float((predicted == labels).mean() - chance)
     if beyond < NO_CHANCE * math.sqrt(chance * (1 - chance) / n):
         return 0.0

@@ -53,6 +53,29 @@ def test_doubted_labels_are_learned_from_as_the_setting_says(action: NoiseAction
             assert learned[name] == pytest.approx(1 - delivery.doubt.doubt[place], abs=1e-6)
 
 
+def test_wrong_labels_of_a_new_world_do_not_hide_among_known_ones() -> None:
+    """150 random labels of negatives beside 450 right ones: seen only where the batch is named."""
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images[:600] * 15.9).to(torch.uint8).unsqueeze(1)
+    pixels[450:] = 255 - pixels[450:]
+    labels = torch.from_numpy(digits.target[:600].astype(np.int64))
+    right = labels.clone()
+    labels[450:] = torch.from_numpy(np.random.default_rng(0).integers(0, 10, 150))
+    names = tuple(f"{'new' if i >= 450 else 'known'}/{i}" for i in range(600))
+    network, settings = build(CONFIG), NoiseSettings()
+    data = LabelledPictures(names, pixels, labels)
+    assert not judge_delivery(network, data, data.take([]), CLASSES, settings).verdict.stop
+    found = judge_delivery(network, data, data.take([]), CLASSES, settings, {"new"})
+    assert found.verdict.stop
+    assert found.verdict.words.startswith("the 150 labels of the batches that changed: ")
+    assert found.judged.sample_ids == names[450:]
+    assert len(found.verdict.doubt) == 150
+    clean = LabelledPictures(names, pixels, right)
+    assert not judge_delivery(
+        network, clean, clean.take([]), CLASSES, settings, {"new"}
+    ).verdict.stop
+
+
 class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
