@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 
 from monitoring.gallery import Shown, gallery
+from sft.batchnorm import has_statistics, reestimate
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import collect
 from sft.models import Network
@@ -28,6 +30,10 @@ from sft.tasks import SINGLE_LABEL
 FILE, PAGE = "suspicious_labels.csv", "suspicious_labels.html"
 MAX_SHOWN = 200
 """Pictures on the page: some half a megabyte."""
+ADAPTED_BY = 256
+"""Pictures that batch-norm statistics are taken from: one pass."""
+
+Rows: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +98,7 @@ def judge_delivery(
             settings=settings,
             old_embeddings=old_embeddings,
             old_labels=beside.labels.numpy() if len(beside) else None,
+            adapted=adapted_answers(champion, labelled.take(rows).pixels),
         )
 
     doubt = judge(usable)
@@ -158,9 +165,22 @@ def suspicious_files(
     }
 
 
-def see(
-    network: Network, pixels: Pixels
-) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...]:
+def adapted_answers(champion: Network, pixels: Pixels) -> Callable[[], Rows] | None:
+    """Give what computes probabilities (n, classes) by batch-norm statistics of these n pictures.
+
+    None for a champion without such statistics of its own.
+    """
+    if not has_statistics(champion):
+        return None
+
+    def answers() -> Rows:
+        some = np.random.default_rng(0).permutation(len(pixels))[:ADAPTED_BY]
+        return see(reestimate(champion, pixels[torch.from_numpy(some)]), pixels)[1]
+
+    return answers
+
+
+def see(network: Network, pixels: Pixels) -> tuple[Rows, ...]:
     """Give embeddings (n, d) and probabilities (n, classes) of n pictures."""
     passes = (network.embed(part) for part in pixels.split(CHUNK))
     return tuple(table.numpy() for table in collect(passes, len(pixels)))

@@ -20,6 +20,7 @@ from flows.doubt import PAGE, Delivery, judge_delivery, suspicious_files
 from flows.feed import Batch, list_batches
 from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
 from flows.intake import About
+from flows.logs import log
 from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.progress import TrainingBar
@@ -38,6 +39,9 @@ from sft.models import Network, widen
 from sft.pixels import PixelSink
 from sft.search import Searched, SearchError, search
 from sft.train import FineTuned, TrainingSettings
+
+SERVES = "serves"
+"""The outcome where another version came to serve before the training that was due."""
 
 
 class RetrainError(ValueError):
@@ -69,13 +73,20 @@ class Retrained:
     @property
     def words(self) -> str:
         """One sentence."""
+        if self.outcome == SERVES:
+            return f"version {self.version} serves: {self.reason}"
         what = "was promoted" if self.promoted else f"was not promoted ({self.outcome})"
         made = "" if self.made_now else ", made before,"
         return f"version {self.version}{made} {what}: {self.reason}"
 
 
 @flow(name="retrain", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
-def retrain(settings_path: str, cause: str = "asked for by a person", check: str = "") -> Retrained:
+def retrain(
+    settings_path: str,
+    cause: str = "asked for by a person",
+    check: str = "",
+    key: str = "",
+) -> Retrained:
     """Make a challenger from the champion and the fresh labels, once, and let it be judged.
 
     Run again with the same champion, labels and settings it finds the version that it made, and
@@ -85,6 +96,8 @@ def retrain(settings_path: str, cause: str = "asked for by a person", check: str
         settings_path: the model's TOML file.
         cause: why, for the record.
         check: run of the check that caused it, if one did.
+        key: of the retraining that was due when this run was asked for, if a check did; it trains
+            on what is fresh now, and nothing when another version serves by now.
 
     Raises:
         RetrainError: too few fresh labels, or of too few classes.
@@ -93,6 +106,10 @@ def retrain(settings_path: str, cause: str = "asked for by a person", check: str
     registry = Registry(settings)
     registry.observe_moves(datetime.now(UTC))
     champion = registry.champion()
+    if key and check and (against := registry.check_record(check).key.champion) != champion.number:
+        reason = f"nothing is due any more: the check was of version {against}"
+        return Retrained(champion.number, promoted=False, outcome=SERVES, reason=reason,
+                         made_now=False)  # fmt: skip
     batches = list_batches(settings.feed, settings.root)
     config = registry.config(champion)
     refuse_contradiction(settings, config)
@@ -121,6 +138,14 @@ def challenge(
         return Retrained(version.number, False, SHADOW, words, made_now=made_now)
     result = promote(settings_path, version=version.number, approved=False)
     tell(registry, registry.settings, datetime.now(UTC))
+    log(
+        registry.settings,
+        "challenger.judged",
+        version=version.number,
+        outcome=result.outcome,
+        promoted=result.promoted,
+        reason=result.reason,
+    )
     return Retrained(
         version.number,
         result.promoted,

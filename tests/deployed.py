@@ -87,6 +87,8 @@ def deployments(server: str, folder: Path, model: str, settings_path: Path) -> D
     text, pool = FILE.read_text(), f"{model}-test"
     changes = {
         "&model parts ": f"&model {model} ",
+        "model:parts": f"model:{model}",
+        "drift.model.parts": f"drift.model.{model}",
         "settings_path: deployments/sustain.toml": f"settings_path: {settings_path}",
         "name: sustain\n": f"name: {pool}\n",
         "interval: 600 ": "interval: 15 ",

@@ -17,7 +17,8 @@ from flows.settings import load_settings
 from flows.watch import watch
 
 MODEL = "digits"
-FLOWS = ("watch", "retrain", "adapt", "promote", "rollback", "prune")
+FLOWS = ("watch", "retrain", "adapt", "promote", "rollback", "prune", "reconcile")
+SCHEDULED = ("watch", "prune", "reconcile")
 
 
 def test_deployments_name_the_model_of_the_example_settings() -> None:
@@ -57,14 +58,14 @@ def test_deployments_are_scheduled_and_started_once(
     for name in FLOWS:
         schedules = [[s["id"] for s in d[name]["schedules"]] for d in (first, again)]
         assert schedules[0] == schedules[1]
-        assert len(schedules[0]) == (name in ("watch", "prune"))
+        assert len(schedules[0]) == (name in SCHEDULED)
 
     world.arrive(0, 1, labelled=True)
-    started = watch(str(world.path)).done
-    assert started.startswith(f"started the deployment retrain/{MODEL}")
-    assert watch(str(world.path)).done == started  # the same run: it waits for a worker
-    (run,) = ours.runs(first["retrain"]["id"])
-    assert run["name"] in started
+    assert watch(str(world.path)).done.startswith(f"told the deployment retrain/{MODEL}")
+    (run,) = wait_for("run of retrain", lambda: ours.runs(first["retrain"]["id"]))
+    told = f"the deployment retrain/{MODEL} was started ({run['name']})"
+    assert watch(str(world.path)).done == told  # the same run: it waits for a worker
+    assert len(ours.runs(first["retrain"]["id"])) == 1
     assert run["parameters"]["cause"] == "drift in batch optical-02"
     event = wait_for("event", lambda: drift_events(prefect_server))[0]
     assert event["payload"]["window"] == "optical-02"
