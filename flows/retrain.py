@@ -276,7 +276,8 @@ def read_window(
     wanted: dict[str, set[str]] = defaultdict(set)
     for name in label_of:
         wanted[name.split("/", 1)[0]].add(name)
-    rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
+    checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
+    rang = {c.key.batch_id for c in checks if c.finished and c.alarm}
     known = set(registry.learned(champion)["sample_id"])
     labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}
