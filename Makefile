@@ -6,15 +6,18 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
-.PHONY: demo test test-fast lint format bench bench-cli bench-gate bench-monitoring bench-month \
-	bench-sft clean
+.PHONY: demo test test-fast test-nightly lint format bench bench-cli bench-gate bench-monitoring bench-month \
+	bench-scale bench-sft clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
 
-test: $(INSTALLED)  ## all tests, with real Prefect and MLflow servers
-	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
-	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e
+test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow servers
+	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not nightly" tests/integration tests/e2e
+
+test-nightly: $(INSTALLED)  ## the long ones
+	$(BIN)/pytest -m nightly
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
 	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
@@ -46,6 +49,9 @@ bench-monitoring: $(INSTALLED)  ## monitoring on real data beside its peers: som
 
 bench-month: $(INSTALLED)  ## a simulated month through the real flows: some 20 minutes
 	$(BIN)/python tests/bench/bench_month.py
+
+bench-scale: $(INSTALLED)  ## what grows with what: some 40 minutes
+	$(BIN)/python tests/bench/bench_scale.py
 
 bench-sft: $(INSTALLED)  ## fine-tuning on real data beside its peers: some 40 CPU minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

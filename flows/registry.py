@@ -740,8 +740,10 @@ class Registry:
                 self.client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         location = None
-        if self.uri.startswith("sqlite:"):  # else MLflow would write below the working directory
-            location = (self.settings.root / "mlartifacts").resolve().as_uri()
+        if not self.uri.startswith("http"):  # else MLflow would write below the working directory
+            location = self.settings.servers.artifacts or "mlartifacts"
+            if "://" not in location:
+                location = (self.settings.root / location).resolve().as_uri()
         try:
             return str(self.client.create_experiment(name, artifact_location=location))
         except MlflowException:

@@ -1,4 +1,4 @@
-"""Cases for integration/kill_driver.py: processes that take them, and what is wrong with an answer."""
+"""Cases for integration/kill_driver.py: processes that take them, and what an answer is worth."""
 
 from __future__ import annotations
 
@@ -29,7 +29,17 @@ ENVIRONMENT = {
 class Drivers:
     """Processes that each have a world of their own, and take the cases as they come."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, prefect: str, more: dict[str, str] | None = None) -> None:
+        inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+        here = Path(__file__).parent
+        environment = {
+            **inherited,
+            **ENVIRONMENT,
+            "PREFECT_API_URL": prefect,
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
+            **(more or {}),
+        }
         self.free: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
         self.pool = ThreadPoolExecutor(DRIVERS)
         self.processes = []
@@ -37,7 +47,7 @@ class Drivers:
             world = folder / f"world-{number}"
             world.mkdir()
             process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("kill_driver.py")), str(world)],
+                [sys.executable, str(here / "integration" / "kill_driver.py"), str(world)],
                 env=environment | {"TMPDIR": str(world)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

