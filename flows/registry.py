@@ -45,6 +45,8 @@ MOVE = "sustain.move."
 LOADER = "sft.serving"
 WINDOW = 200
 """Checks that are read at least: as many as a report draws."""
+RECENT_DAYS = 7.0
+"""Checks are first looked for so far back, and everywhere if that is not enough."""
 SKEW = timedelta(hours=1)
 """How far the clock of whoever writes the feed may be ahead."""
 PARTS = ("model", package.REFERENCE, package.MEMORY, package.LEARNED, package.LINEAGE)
@@ -559,15 +561,23 @@ class Registry:
             champion: its number.
             batches: id, and when it arrived: the checks of these are among what is returned.
         """
-        missing = dict(batches or {})
-        found: list[Run] = []
-        tags = {"sustain.champion": str(champion)}
-        for run in self._runs("check", tags, newest_first=True, page=WINDOW):
-            found.append(run)
-            missing.pop(run.data.tags["sustain.batch"], None)
-            if len(found) % WINDOW == 0 and _all_after(missing, run):
-                break
+        for days in (RECENT_DAYS, None):  # MLflow sorts all that are in question before it pages
+            missing = dict(batches or {})
+            found: list[Run] = []
+            for run in self._newest(champion, days):
+                found.append(run)
+                missing.pop(run.data.tags["sustain.batch"], None)
+                if len(found) % WINDOW == 0 and _all_after(missing, run):
+                    return _in_order(reversed(found))
         return _in_order(reversed(found))
+
+    def _newest(self, champion: int, days: float | None) -> Iterator[Run]:
+        also = []
+        if days is not None:
+            since = datetime.now(UTC) - timedelta(days=days)
+            also.append(f"attributes.start_time > {int(since.timestamp() * 1000)}")
+        tags = {"sustain.champion": str(champion)}
+        return self._runs("check", tags, *also, newest_first=True, page=WINDOW)
 
     def check_record(self, run_id: str) -> CheckRecord:
         """Read one check again."""
