@@ -18,9 +18,10 @@ test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow
 
 test-nightly: $(INSTALLED)  ## the long ones
 	$(BIN)/pytest -m nightly
+	KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
-	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
+	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
 
 lint: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ from flows.intake import BatchData, TooManyBad
 from flows.package import see
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
+from flows.shadow import Shadow, compare_answers
 from flows.words import count, slug
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
 from monitoring.detectors import Detection, detect_drift
@@ -59,7 +60,8 @@ class Against:
     """The champion that batches are checked against, loaded once.
 
     Samples in `used` (learned from, or part of the reference) are left out of a check: the champion
-    is overconfident on the first, and the second are no news to it.
+    is overconfident on the first, and the second are no news to it. The challenger in the `shadow`,
+    if there is one, answers beside it.
     """
 
     version: Version
@@ -67,6 +69,7 @@ class Against:
     reference: Reference
     memory: Memory
     used: frozenset[str]
+    shadow: Shadow | None = None
 
 
 @dataclass
@@ -181,14 +184,15 @@ def is_tested(record: CheckRecord) -> bool:
     return "drift.p_value" in record.metrics
 
 
-def load_champion(registry: Registry, champion: Version) -> Against:
+def load_champion(registry: Registry, champion: Version, shadow: Shadow | None = None) -> Against:
     """Load all that checks against the champion need."""
     learned = registry.learned(champion)
     reference = registry.reference(champion)
     used = frozenset(learned[learned["role"] != Role.HOLDOUT.value]["sample_id"]).union(
         *(regime.features.sample_ids for regime in reference.regimes)
     )
-    return Against(champion, registry.network(champion), reference, registry.memory(champion), used)
+    network, memory = registry.network(champion), registry.memory(champion)
+    return Against(champion, network, reference, memory, used, shadow)
 
 
 @task(name="check", cache_policy=NO_CACHE)
@@ -245,6 +249,12 @@ def check(
         except ValueError as error:  # such as a reference that is too small for alpha
             return _fail(registry, batch, champion, run_id, str(error), past)
         metrics = _metrics(measured, len(own), len(read.quarantined))
+        if against.shadow is not None:
+            theirs = _features(against.shadow.network, read, places)
+            config = against.network.config
+            told, words = compare_answers(against.shadow, theirs, config, own, measured.estimate)
+            metrics |= told
+            measured = replace(measured, notes=(*measured.notes, words))
         decision = decider.decide(evidence_of(batch.id, metrics, settings))
         _write_report(
             folder / "report.html",

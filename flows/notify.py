@@ -180,7 +180,8 @@ def _of_versions(
                 f"{name}: version {version.number} was not promoted ({version.verdict})",
                 f"{tags.get('verdict_reason', '')}\n{link}",
             )
-        if version.verdict == Outcome.PROMOTE.value and challenger == version.number:
+        waits = settings.gate.approval == "manual" and challenger == version.number
+        if version.verdict == Outcome.PROMOTE.value and waits:
             yield Event(
                 "approval",
                 judged,

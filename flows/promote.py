@@ -18,6 +18,7 @@ from prefect import flow
 from flows.feed import list_batches
 from flows.fresh import gather_labels, held_out_labels
 from flows.history import show_in_prefect
+from flows.logs import log
 from flows.registry import (
     CHALLENGER,
     CHAMPION,
@@ -139,6 +140,7 @@ def promote(
     except ChampionMovedError:  # while the two were judged: judge again
         return promote(settings_path, version=number, why=why, who=who, approved=approved)
     show_in_prefect(registry)
+    log(settings, "promoted", version=number, before=champion.number, who=who, reason=why or reason)
     return Promoted(number, champion.number, True, outcome, why or reason)
 
 

@@ -30,7 +30,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from flows import package
 from flows.package import Package
 from flows.servers import unreachable
-from flows.settings import Settings
+from flows.settings import Settings, shown_uri
 from flows.words import slug
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference
@@ -179,14 +179,16 @@ class Registry:
             problem := unreachable(f"{self.uri.rstrip('/')}/health")
         ):
             raise RegistryError(
-                f"MLflow at {self.uri} {problem}: is the server running, and is [servers] mlflow"
-                " (or MLFLOW_TRACKING_URI) right?"
+                f"MLflow at {shown_uri(self.uri)} {problem}: is the server running, and is"
+                " [servers] mlflow (or MLFLOW_TRACKING_URI) right?"
             )
         try:
             self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment_id = self._experiment()
         except (MlflowException, OSError) as error:
-            raise RegistryError(f"MLflow at {self.uri} cannot be used: {error}") from error
+            raise RegistryError(
+                f"MLflow at {shown_uri(self.uri)} cannot be used: {shown_uri(str(error))}"
+            ) from error
         self._charts: dict[int, str] = {}
         self._fetched: dict[str, Path] = {}
         self._fetched_files: dict[tuple[str, str], Path] = {}
@@ -624,6 +626,19 @@ class Registry:
         for left in self._open_runs("training"):  # one that is still alive ends by itself
             self.client.set_terminated(left.info.run_id, status="KILLED")
         return self._begin_run("training", name, tags)
+
+    def end_abandoned(self, before: datetime) -> list[str]:
+        """End the checks and trainings that began before a time and are still open; list their ids.
+
+        One that is alive all the same ends by itself, with its own status.
+        """
+        latest = before.timestamp() * 1000
+        ended = []
+        for run in (*self._open_runs("check"), *self._open_runs("training")):
+            if run.info.start_time < latest:
+                self.client.set_terminated(run.info.run_id, status="KILLED")
+                ended.append(str(run.info.run_id))
+        return ended
 
     def training_seconds(self, version: Version) -> float | None:
         """Return how long the training run of a version took; None when it is not known."""

@@ -10,6 +10,7 @@ import torch
 from prefect import flow
 
 from flows.history import show_in_prefect
+from flows.logs import log
 from flows.notify import tell
 from flows.registry import ROLLBACK, Registry, RegistryError, Version
 from flows.settings import load_settings
@@ -70,6 +71,7 @@ def rollback(
     move = registry.move_champion(target, by=ROLLBACK, why=why, now=now, who=who)
     show_in_prefect(registry)
     tell(registry, settings, now)
+    log(settings, "rolled_back", version=move.after, before=move.before, who=who, reason=why)
     return RolledBack(move.before, move.after, why)
 
 

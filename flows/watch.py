@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
-from uuid import NAMESPACE_OID, uuid5
+from uuid import NAMESPACE_OID, UUID, uuid5
 
 from prefect import flow, get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
@@ -45,6 +49,7 @@ from flows.fresh import (
     retrain_key,
 )
 from flows.history import show_in_prefect
+from flows.logs import log
 from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
 from flows.progress import CheckBar
@@ -53,6 +58,7 @@ from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import LabelsRefusedError, RetrainError, retrain
 from flows.rollback import rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
+from flows.shadow import load_shadow, out_of_shadow
 from flows.storage import FeedError
 from monitoring.policy import (
     Action,
@@ -60,6 +66,11 @@ from monitoring.policy import (
     decide_rollback,
     on_probation,
 )
+
+DRIFT = "drift.detected"
+"""The event that says that a model's data drifted and that it shall be trained."""
+MAX_ATTEMPTS = 20
+"""Runs of the deployment for the same labels; all of them failed or were killed."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,8 @@ class Plan:
         untold: there is something that people should have been told of.
         standing: the newest check that found damage, if it stands to be decided again.
         adapting: the newest check that asks for labels, if a challenger without labels is due.
-        waiting: such a challenger that can be judged now, since its labels came.
+        waiting: such a challenger that can be judged now, since its labels came, or one that has
+            answered its batches in the shadow.
         labels: all labels.
         decider: decides, by the fresh labels and by what happened before.
     """
@@ -169,7 +181,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         asking=decider.asking(present),
         standing=decider.standing(present),
         adapting=drift_to_adapt_to(registry, settings, champion, present),
-        waiting=judgeable(registry, champion, labels),
+        waiting=judgeable(registry, champion, labels) or out_of_shadow(registry, champion),
         untold=bool(settings.notify.to and untold(registry, settings, now)),
         labels=labels,
         decider=decider,
@@ -185,6 +197,7 @@ def watch(settings_path: str) -> Watched:
     move = registry.observe_moves(now)
     if move is not None:
         show_in_prefect(registry)
+        log(settings, "champion.moved", version=move.after, before=move.before, by=move.by)
     plan = make_plan(registry, settings, now)
     champion = plan.champion
     checked, unread = check_all(registry, settings, plan) if plan.pending else ((), ())
@@ -201,6 +214,8 @@ def watch(settings_path: str) -> Watched:
             done = list_wanted_labels(registry, settings, plan, plan.asking)
         if plan.adapting is not None:
             done = "; ".join(filter(None, (done, adapt_to(registry, settings, plan.adapting))))
+    action, reason = decision.action.value, decision.reason
+    log(settings, "decided", version=champion.number, action=action, reason=reason, done=done)
     return Watched(
         champion=champion.number,
         move=move,
@@ -275,7 +290,8 @@ def check_all(
         What was checked, and what the storage did not give: that is tried again by the next run,
         and does not keep the other batches waiting.
     """
-    against = load_champion(registry, plan.champion)
+    shadow = load_shadow(registry, plan.champion)
+    against = load_champion(registry, plan.champion, shadow)
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
@@ -291,9 +307,27 @@ def check_all(
                 continue
             bar.on_check(done.samples)
             checked.append(done)
+            log_check(settings, done)
             if done.samples:
                 past.append(registry.check_record(done.run_id))
     return tuple(checked), tuple(unread)
+
+
+def log_check(settings: Settings, checked: Checked) -> None:
+    """Write what a check said, for machines."""
+    log(
+        settings,
+        "batch.checked",
+        version=checked.champion,
+        batch=checked.batch_id,
+        samples=checked.samples,
+        quarantined=checked.quarantined,
+        p_value=checked.p_value,
+        alarm=bool(checked.alarm),
+        accuracy=checked.estimated,
+        action=checked.action,
+        run=checked.run_id,
+    )
 
 
 def settle_all(
@@ -329,7 +363,9 @@ def settle_all(
                 continue
         accuracy = settle_check(registry, record, plan.labels, asked=asked)
         if accuracy is not None:
-            settled[record.key.batch_id] = accuracy
+            batch_id, version = record.key.batch_id, record.key.champion
+            settled[batch_id] = accuracy
+            log(settings, "batch.settled", version=version, batch=batch_id, accuracy=accuracy)
     return settled
 
 
@@ -356,7 +392,7 @@ def _end_probation(
 
 
 def _judge_waiting(settings: Settings, plan: Plan) -> tuple[Decision, str] | None:
-    """Judge a challenger whose labels came; return why and what was done if it was promoted."""
+    """Judge a challenger that waited; return why and what was done if it was promoted."""
     if plan.waiting is None:
         return None
     judged = promote(str(settings.path), version=plan.waiting.number)
@@ -372,49 +408,74 @@ def start_retraining(
 ) -> str:
     """Tell the world of the drift and start the retrain flow; say what came of it.
 
-    A deployment `retrain/<model>` is started with an idempotency key, so that the same labels start
-    it once; without one the flow runs here and now.
+    A deployment `retrain/<model>` that an event starts is left to it; one that no event starts is
+    started here, with an idempotency key. Either way the same labels start it once, or once more
+    after each run that failed. Without a deployment the flow runs here and now.
     """
     name = settings.model.name
     key = retrain_key(champion.number, fresh, settings)
-    emit_event(
-        event="drift.detected",
-        resource={"prefect.resource.id": f"drift.model.{name}", "prefect.resource.name": name},
-        payload={
-            "window": cause.key.batch_id,
-            "champion": champion.number,
-            "check": cause.run_id,
-            "reason": decision.reason,
-        },
-        id=uuid5(NAMESPACE_OID, key),  # told again, it is still the same event
-    )
     batch = cause.key.batch_id
     why = f"drift in batch {batch}" if cause.alarm else f"due at batch {batch}: {decision.reason}"
-    parameters = {"settings_path": str(settings.path), "cause": why, "check": cause.run_id}
-    deployment = f"retrain/{name}"
-    if not _deployed(deployment):
-        return retrain(**parameters).words
-    for attempt in range(1, 100):
-        run = cast(
-            "FlowRun",  # typed as a coroutine too, for flows that are async
-            run_deployment(
-                deployment, parameters=parameters, timeout=0, idempotency_key=f"{key}-{attempt}"
-            ),
-        )
-        state = run.state
-        # a run that crashed or was cancelled keeps its key: the next attempt has one of its own
-        if state is None or not state.is_final() or state.is_completed():
-            return f"started the deployment {deployment} ({run.name})"
-    raise RegistryError(f"the deployment {deployment} failed 99 times for these labels")
-
-
-def _deployed(name: str) -> bool:
+    told = {"cause": why, "check": cause.run_id, "key": key}
+    full_name = f"retrain/{name}"
     with get_client(sync_client=True) as client:
-        try:
-            client.read_deployment_by_name(name)
-        except ObjectNotFound:
-            return False
-        return True
+        deployment = _deployment(client, full_name)
+        runs = [] if deployment is None else _runs_for(client, deployment.id, key)
+        by_event = deployment is not None and _starts_by_event(client, deployment.id)
+    under_way = next((run for run in runs if not _ended_badly(run)), None)
+    if under_way is not None:
+        return f"the deployment {full_name} was started ({under_way.name})"
+    if len(runs) >= MAX_ATTEMPTS:
+        raise RegistryError(
+            f"the deployment {full_name} failed {len(runs)} times for these labels: see its runs in"
+            " Prefect"
+        )
+    attempt = f"{key}-{len(runs) + 1}"  # told again, it is still the same event
+    emit_event(
+        event=DRIFT,
+        resource={"prefect.resource.id": f"drift.model.{name}", "prefect.resource.name": name},
+        payload={
+            "window": batch,
+            "champion": champion.number,
+            "reason": decision.reason,
+            **told,
+        },
+        id=uuid5(NAMESPACE_OID, attempt),
+    )
+    parameters = {"settings_path": str(settings.path), **told}
+    if deployment is None:
+        return retrain(**parameters).words
+    if by_event:
+        return f"told the deployment {full_name} of the drift: it starts by itself"
+    run = cast(
+        "FlowRun",  # typed as a coroutine too, for flows that are async
+        run_deployment(full_name, parameters=parameters, timeout=0, idempotency_key=attempt),
+    )
+    return f"the deployment {full_name} was started ({run.name})"
+
+
+def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    try:
+        return client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None
+
+
+def _runs_for(client: SyncPrefectClient, deployment: UUID, key: str) -> list[FlowRun]:
+    """List a deployment's newest runs for the retraining with this key."""
+    of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+    newest = FlowRunSort.EXPECTED_START_TIME_DESC
+    found = client.read_flow_runs(flow_run_filter=of_it, sort=newest, limit=200)
+    return [run for run in found if run.parameters.get("key") == key]
+
+
+def _starts_by_event(client: SyncPrefectClient, deployment: UUID) -> bool:
+    found = client.read_resource_related_automations(f"prefect.deployment.{deployment}")
+    return any(DRIFT in getattr(one.trigger, "expect", ()) for one in found)
+
+
+def _ended_badly(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_final() and not run.state.is_completed()
 
 
 def _on_record(record: CheckRecord) -> Decision:

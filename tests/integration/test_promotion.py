@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import numpy as np
 from click.testing import CliRunner
 from prefect.artifacts import Artifact
 from worlds import World
 
+from flows import demo
+from flows.bootstrap import bootstrap
 from flows.cli import main
 from flows.history import champion_at, read_history, unrecorded
 from flows.promote import promote
@@ -17,6 +21,37 @@ from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.watch import make_plan
+
+LENIENT = """\
+[model]
+name = "cameras"
+architecture = "small_cnn"
+channels = 1
+
+[bootstrap]
+epochs = 40
+
+[training]  # nothing keeps the old world known
+epochs = 40
+rehearsal = 0.0
+l2_sp = 0.0
+freeze_batch_norm = false
+
+[policy]
+min_labels = 30
+
+[noise]
+max_wrong_share = 0.99
+
+[checks]
+slices = ["camera"]
+
+[gate]  # only slices may decide
+min_fresh = 10
+max_drop = 0.9
+max_drop_bound = 0.95
+max_calibration_rise = 0.9
+"""
 
 
 def sustain(world: World, *arguments: str) -> str:
@@ -57,6 +92,39 @@ def test_a_challenger_waits_for_a_person(small_world: Callable[[str], World]) ->
     assert registry.version(3).verdict_against == 2
     assert registry.version(3).tags["judged_against"] == "1,2"
     assert registry.alias(CHAMPION) == 2
+
+
+def test_a_challenger_that_loses_one_camera_is_refused(tmp_path: Path, prefect_server: str) -> None:
+    """Tuned without rehearsal it forgets the camera that sends negatives; that alone stops it."""
+    del prefect_server  # only has to be there
+    (tmp_path / "feed").mkdir()
+    (tmp_path / "labels").mkdir()
+    digits = demo._mnist()[:400]
+    negative = np.arange(400) % 2 == 1
+    pictures = np.where(negative[:, None, None], 255 - digits.pictures, digits.pictures)
+    demo._write_class_folders(tmp_path / "first", demo.Digits(pictures, digits.labels))
+    rows = [
+        f"{label}/{i:05d}.png,{label},{'negatives' if negative[i] else 'plain'}"
+        for i, label in enumerate(digits.labels)
+    ]
+    text = "\n".join(["file_name,label,camera", *rows, ""])
+    (tmp_path / "first" / "metadata.csv").write_text(text)
+    path = tmp_path / "sustain.toml"
+    path.write_text(LENIENT)
+    bootstrap(str(path), data=str(tmp_path / "first"))
+    world = World(path)
+    for batch in world.arrive(0, 1, labelled=True):
+        folder = tmp_path / "feed" / batch
+        names = [f"{one.name},plain" for one in sorted(folder.iterdir())]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,camera", *names, ""]))
+    made = retrain(str(path))
+    assert (made.outcome, made.promoted) == ("refuse", False)
+    assert made.reason.startswith("classes and slices that collapsed: camera = negatives ")
+    assert ";" not in made.reason  # every other criterion holds
+    registry = Registry(world.settings)
+    assert registry.alias(CHAMPION) == 1
+    description = registry.client.get_model_version(registry.name, "2").description
+    assert "| no class or slice collapses | no | classes and slices that collapsed: " in description
 
 
 def test_every_move_is_in_the_history_and_each_version_tells_its_story(

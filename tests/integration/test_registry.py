@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import mlflow.pyfunc
@@ -30,7 +31,9 @@ from flows.registry import (
     Registry,
     RegistryError,
     Version,
+    _manifest,
 )
+from flows.rollback import rollback
 from flows.settings import load_settings
 from monitoring.sequential import StreamEvidence
 from sft.dataset import LabelledPictures, Role
@@ -385,6 +388,49 @@ def test_moves_of_the_same_champion_keep_their_order_and_reasons(
         (1, 2, "why 3", True),
     ]
     assert {m.who for m in moves} == {"ada"}
+
+
+REFUSED = {
+    "missing": r"has no version 7; there are \[1, 2\]",
+    "never judged": r"version 1 was never judged.* `sustain promote --version 1`",
+    "altered": r"version 1 are not what was registered \(model/.*safetensors differs\)",
+    "gone": "the files of version 1 cannot be fetched",
+    "unknown": "version 1 does not load",
+    "first": "version 1 is the first champion: there is none to go back to",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_rollback_to_what_cannot_serve_moves_nothing(
+    registry: Registry, make: Callable[..., Version], what: str
+) -> None:
+    """No such version, never judged, tampered with, deleted, or no network of ours: refused."""
+    first = make()
+    second = make(first)
+    if what != "never judged":
+        registry.tag(first, verdict="first")
+    promote(registry, first)
+    if what != "first":
+        promote(registry, second)
+    folder = files(registry, first)
+    weights = folder / "model/data/network/model.safetensors"
+    if what == "altered":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    if what == "gone":
+        shutil.rmtree(folder)
+    if what == "unknown":  # and the record was altered to fit
+        config = folder / "model/data/network/config.json"
+        config.write_text(config.read_text().replace('"mlp"', '"no such network"'))
+        (folder / MANIFEST).write_bytes(_manifest(folder))
+        registry.tag(first, digest=sha256(_manifest(folder)).hexdigest())
+    champion, moves = registry.alias(CHAMPION), registry.moves()
+    to = {"missing": 7, "first": None}.get(what, 1)
+    with pytest.raises(RegistryError, match=REFUSED[what]):
+        rollback.fn(str(registry.settings.path), to=to)
+    assert registry.alias(CHAMPION) == champion
+    assert registry.moves() == moves
+    assert not registry.unobserved_move()
+    assert not lost(registry)
 
 
 def test_promoting_a_parent_gives_its_child_up(
