@@ -74,7 +74,11 @@ class Against:
 
 @dataclass
 class Past:
-    """The finished checks against the champion, oldest first, and where they leave the stream."""
+    """The newest finished checks against the champion, in order, and where they leave the stream.
+
+    Each check puts on record where the stream stood after it, so that those before the first of
+    these need not be read.
+    """
 
     settings: Settings
     records: list[CheckRecord]
@@ -83,12 +87,25 @@ class Past:
     def __post_init__(self) -> None:
         """Fold the evidence once."""
         for record in self.records:
-            self._add_up(record)
+            known = record.tags.get("sustain.running") if record is self.records[0] else None
+            if known and record.number > 1:
+                self.running = Running.from_json(known)
+            else:
+                self._add_up(record)
 
     def append(self, record: CheckRecord) -> None:
         """Add the newest check."""
         self.records.append(record)
         self._add_up(record)
+
+    @property
+    def number(self) -> int:
+        """The number of the next check."""
+        return 1 + max([len(self.records), *(record.number for record in self.records[-1:])])
+
+    def place(self, running: Running) -> dict[str, str]:
+        """Say where the next check stands in the stream, and what it leaves to the one after it."""
+        return {"sustain.number": str(self.number), "sustain.running": running.to_json()}
 
     def step(self, evidence: StreamEvidence) -> tuple[Running, StreamState]:
         """Say where the stream would stand with one more batch; nothing is added."""
@@ -200,16 +217,17 @@ def check(
         bound = settings.memory.in_memory_bytes
         read = read_batch(batch, settings.feed, settings.root, preprocessing, in_memory_bytes=bound)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
-        return _fail(registry, batch, champion, run_id, str(error))
+        return _fail(registry, batch, champion, run_id, str(error), past)
     places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in against.used]
     if not places:
         reason = "The champion learned from every sample of the batch, or has it in its reference."
-        return _without_test(registry, batch, champion, run_id, Action.NONE.value, reason, 0)
+        none = Action.NONE.value
+        return _without_test(registry, batch, champion, run_id, none, reason, 0, past)
     own = _features(against.network, read, places)
     try:
         own.require_finite("batch")
     except ValueError as error:
-        return _fail(registry, batch, champion, run_id, str(error))
+        return _fail(registry, batch, champion, run_id, str(error), past)
     tested, notes = _with_waiting(registry, past, batch, own)
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
         folder = Path(name)
@@ -225,11 +243,11 @@ def check(
                 f" {settings.checks.min_batch}: tested together with the next batch."
             )
             _log_files(registry, run_id, folder)
-            return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
+            return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own), past)
         try:
             measured = measure(settings, against.reference, tested, past, notes)
         except ValueError as error:  # such as a reference that is too small for alpha
-            return _fail(registry, batch, champion, run_id, str(error))
+            return _fail(registry, batch, champion, run_id, str(error), past)
         metrics = _metrics(measured, len(own), len(read.quarantined))
         if against.shadow is not None:
             theirs = _features(against.shadow.network, read, places)
@@ -250,7 +268,7 @@ def check(
             decision,
         )
         _log_files(registry, run_id, folder)
-    registry.chart(champion.number, metrics, step=len(past.records) + 1)
+    registry.chart(champion.number, metrics, step=past.number)
     registry.log(
         run_id,
         metrics=metrics,
@@ -260,6 +278,7 @@ def check(
             **suppressed_tags(decision),
             "sustain.regime": measured.detection.regime,
             "sustain.stream": measured.evidence.to_json(),
+            **past.place(past.step(measured.evidence)[0]),
             "sustain.fresh": decider.name,
             "sustain.notes": "; ".join(measured.notes)[:4000],
             "mlflow.note.content": decision.reason,
@@ -628,8 +647,11 @@ def _show_in_prefect(registry: Registry, checked: Checked) -> None:
     )
 
 
-def _fail(registry: Registry, batch: Batch, champion: Version, run_id: str, reason: str) -> Checked:
-    registry.log(run_id, tags={"sustain.action": FAILED, "sustain.reason": reason})
+def _fail(
+    registry: Registry, batch: Batch, champion: Version, run_id: str, reason: str, past: Past
+) -> Checked:
+    tags = {"sustain.action": FAILED, "sustain.reason": reason}
+    registry.log(run_id, tags=tags | past.place(past.running))
     registry.end_run(run_id, failed=True)
     return _unmeasured(batch, champion, run_id, FAILED, reason)
 
@@ -642,13 +664,12 @@ def _without_test(
     action: str,
     reason: str,
     samples: int,
+    past: Past,
 ) -> Checked:
     """Put a check on record that tested nothing."""
-    registry.log(
-        run_id,
-        metrics={"batch.samples": float(samples)},
-        tags={"sustain.action": action, "sustain.reason": reason, "mlflow.note.content": reason},
-    )
+    tags = {"sustain.action": action, "sustain.reason": reason, "mlflow.note.content": reason}
+    metrics = {"batch.samples": float(samples)}
+    registry.log(run_id, metrics=metrics, tags=tags | past.place(past.running))
     registry.end_run(run_id)
     return replace(_unmeasured(batch, champion, run_id, action, reason), samples=samples)
 

@@ -350,7 +350,7 @@ def status(settings_file: Path) -> None:
     registry = Registry(settings)
     plan = make_plan(registry, settings, datetime.now(UTC))
     console.print(version_table(registry))
-    checks = registry.checks(plan.champion.number)
+    checks = registry.newest_checks(plan.champion.number)
     table = Table(
         title=f"newest checks against version {plan.champion.number}", title_justify="left"
     )

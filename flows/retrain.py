@@ -197,7 +197,7 @@ def make_challenger(
         raise LabelsRefusedError(f"of the pictures that can be read: {error}") from error
     kept = memory.without(labelled.sample_ids)  # a corrected label replaces the old one
     old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing, task)
-    rang = that_rang(registry, champion)
+    rang = that_rang(registry, champion, batches)
     delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise, rang)
     if delivery.verdict.stop:
         raise _refused(registry, champion, delivery, classes)
@@ -290,9 +290,10 @@ def _refused(
     return LabelsRefusedError(words, files)
 
 
-def that_rang(registry: Registry, champion: Version) -> set[str]:
-    """Name the batches that differed from the champion's reference."""
-    return {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
+def that_rang(registry: Registry, champion: Version, batches: Sequence[Batch]) -> set[str]:
+    """Name the batches that differed from the champion's reference, all of these among them."""
+    checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
+    return {c.key.batch_id for c in checks if c.finished and c.alarm}
 
 
 def read_window(
@@ -312,7 +313,7 @@ def read_window(
     wanted: dict[str, set[str]] = defaultdict(set)
     for name in label_of:
         wanted[name.split("/", 1)[0]].add(name)
-    rang = that_rang(registry, champion)
+    rang = that_rang(registry, champion, batches)
     known = set(registry.learned(champion)["sample_id"])
     labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}

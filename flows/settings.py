@@ -106,6 +106,8 @@ class ServerSettings:
 
     Attributes:
         mlflow: tracking URI; empty takes MLFLOW_TRACKING_URI, else an SQLite file beside the TOML.
+        artifacts: where files go when `mlflow` names a database: a folder or URL (`s3://…`); empty
+            for mlartifacts/ beside the TOML. A server keeps them where it was told to.
         mlflow_ui: address of MLflow's UI, for links.
         prefect: address of Prefect's API; empty takes Prefect's own profile, which starts a server
             for the time of a command when there is none.
@@ -113,6 +115,7 @@ class ServerSettings:
     """
 
     mlflow: str = ""
+    artifacts: str = ""
     mlflow_ui: str = "http://127.0.0.1:5000"
     prefect: str = ""
     prefect_home: str = ""

@@ -45,9 +45,8 @@ def batches_left(registry: Registry, version: Version, champion: Version) -> int
     asked = registry.settings.gate.shadow_batches
     if not asked or version.verdict is not None:
         return 0
-    checks = registry.checks(champion.number)
-    answered = [c for c in checks if c.metrics.get("shadow.version") == version.number]
-    return max(0, asked - len(answered))
+    by_it = f"metrics.`shadow.version` = {version.number}"
+    return max(0, asked - len(registry.checks(champion.number, by_it)))
 
 
 def load_shadow(registry: Registry, champion: Version) -> Shadow | None:

@@ -83,7 +83,7 @@ class Plan:
         batches: all that the feed holds.
         pending: those without a finished check against the champion, oldest first.
         unsettled: checks whose batch has other labels than when they were last settled.
-        finished: the checks against the champion, oldest first.
+        finished: the newest checks against the champion, those of the feed among them, in order.
         failed: how many batches could not be checked, and have not changed since.
         asking: the newest check that asks for labels, if its list is not written yet.
         untold: there is something that people should have been told of.
@@ -151,7 +151,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     config = registry.config(champion)
     refuse_contradiction(settings, config)
     batches = list_batches(settings.feed, settings.root)
-    checks = registry.checks(champion.number)
+    checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
     stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
@@ -343,7 +343,8 @@ def settle_all(
     if plan.unsettled and on_probation(plan.decider.history, now, settings.policy):
         before = version_before(registry, plan.champion)
     by_id = {batch.id: batch for batch in plan.batches}
-    asked = any("sustain.requested" in record.tags for record in plan.finished)
+    requested = "tags.`sustain.requested` != ''"
+    asked = bool(plan.unsettled) and registry.has_check(plan.champion.number, requested)
     for record in plan.unsettled:
         if before is not None:  # first: a check counts as settled by what follows
             batch = by_id[record.key.batch_id]
@@ -375,8 +376,11 @@ def _end_probation(
     if not on_probation(plan.decider.history, now, settings.policy):
         return None
     before = version_before(registry, plan.champion)
-    compared = None if before is None else compare(before, plan.finished)
-    if before is None or compared is None:
+    if before is None:
+        return None
+    answered = registry.checks(plan.champion.number, "metrics.`before.n` > 0")
+    compared = compare(before, answered)
+    if compared is None:
         return None
     decision = decide_rollback(compared, plan.decider.history, now, settings.policy)
     if decision is None:

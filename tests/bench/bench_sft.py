@@ -298,7 +298,7 @@ def avalanche(run: Runner) -> list[Figure]:
     names = [f"{AVALANCHE}{name}" for name in sft_peers.STRATEGIES]
     replay = f"{AVALANCHE}Replay"
     lost: dict[str, list[float]] = defaultdict(list)
-    worlds = {}
+    worlds: dict[str, float] = {}
     for place, labels in (("digits", 200), ("sensor", 200), ("squeezenet", 140)):
         found = measure(run, place, labels, [ours(place), *names])
         if not found[replay]:

@@ -132,7 +132,8 @@ def test_a_challenger_answers_in_the_shadow_before_it_is_judged(
     )
     registry = Registry(world.settings)
     assert (registry.version(2).verdict, registry.alias("challenger")) == (None, 2)
-    assert make_plan(registry, world.settings, datetime.now(UTC)).idle  # it is not made again
+    made = make_plan(registry, world.settings, datetime.now(UTC)).decider.history.remade
+    assert made == "version 2, which answers beside the champion before it is judged"
     (batch,) = world.arrive(1)
     watched = watch(str(world.path))
     (record,) = [c for c in registry.checks(1) if c.key.batch_id == batch]

@@ -234,7 +234,7 @@ def test_photographs(follow: Callable[..., Made]) -> None:
         _write_class_folders(folder / "feed" / "monday", of_each(digits[400:], 3, 20))
         (folder / "labels").mkdir()
 
-    made = follow("photographs", write)
+    made = follow("photographs", write, COMPUTE_FINDINGS="findings")
     registry = made.registry
     first, second = (registry.network(version) for version in registry.versions())
     head = {"classifier.1.weight", "classifier.1.bias"}
