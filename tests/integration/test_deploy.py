@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
+from deployed import ask
 from prefect import get_client
 from prefect.states import Pending, Running, Scheduled
 
@@ -35,17 +35,11 @@ def written(folder: Path, name: str, more: str = "") -> Any:
     return load_settings(path, environ={})
 
 
-def post(server: str, path: str, body: dict[str, Any]) -> Any:
-    answer = httpx.post(f"{server}{path}", json=body, timeout=30)
-    answer.raise_for_status()
-    return answer.json()
-
-
 def state_of(server: str) -> dict[str, Any]:
     """Everything that a deployment leaves on the server, as the API tells it."""
-    found = post(server, "/deployments/filter", {"work_pools": {"name": {"any_": [POOL]}}})
-    flows = {one["id"]: one["name"] for one in post(server, "/flows/filter", {})}
-    automations = post(server, "/automations/filter", {})
+    found = ask(server, "/deployments/filter", {"work_pools": {"name": {"any_": [POOL]}}})
+    flows = {one["id"]: one["name"] for one in ask(server, "/flows/filter", {})}
+    automations = ask(server, "/automations/filter", {})
     ours = [a for a in automations if a["name"] == GUARD or "on drift" in a["name"]]
     return {
         "deployments": {f"{flows[one['flow_id']]}/{one['name']}": one for one in found},
@@ -140,7 +134,7 @@ def test_a_worker_that_was_away_catches_up_once(
             [*worker, "--install-policy", "never"], env=environment, check=True, timeout=300
         )
         body = {"flow_runs": {"deployment_id": {"any_": [str(deployment.id)]}}, "limit": 200}
-        runs = post(prefect_server, "/flow_runs/filter", body)
+        runs = ask(prefect_server, "/flow_runs/filter", body)
         states = Counter(one["state_type"] for one in runs if not one["auto_scheduled"])
         if set(states) <= {"COMPLETED", "CANCELLED"}:
             break
