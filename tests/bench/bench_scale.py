@@ -362,7 +362,7 @@ def labels(world: World) -> Iterable[Figure]:
 
 
 def versions(world: World) -> Iterable[Figure]:
-    """Versions of one model, each tuned from the one before it."""
+    """Versions of one model, all but the champion tuned from it and refused."""
     book = Book(world)
     took, known = {}, 1
     for total in (10, 100, 1000):
@@ -370,8 +370,8 @@ def versions(world: World) -> Iterable[Figure]:
         book.copy("model_versions", "r.version = 1", new, version="i")
         tags = "r.version = 1 AND r.key NOT IN ('verdict', 'parent', 'retrain_key')"
         book.copy("model_version_tags", tags, new, version="i")
-        for key, value in (("verdict", "'refuse'"), ("parent", "i - 1"), ("retrain_key", "'copy'")):
-            told = {"version": "i", "key": f"'{key}'", "value": f"'' || ({value})"}
+        for key, value in (("verdict", "refuse"), ("parent", "1"), ("retrain_key", "copy")):
+            told = {"version": "i", "key": f"'{key}'", "value": f"'{value}'"}
             book.copy("model_version_tags", "r.version = 1 AND r.key = 'verdict'", new, **told)
         known = total
         world.arrive(f"versions-{total}", SMALL)
