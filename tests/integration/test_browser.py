@@ -133,7 +133,7 @@ def ask_for_a_run(ui: str, deployment_id: str, who: str, screenshots: Path) -> N
         page.get_by_role("button", name="Run", exact=True).click()
         page.screenshot(path=screenshots / "approval-1.png")
         page.get_by_text("Custom run", exact=True).click()
-        page.locator("form textarea").last.fill(who)  # the path of the settings is the first
+        page.locator("form textarea").nth(1).fill(who)  # the path of the settings is the first
         page.screenshot(path=screenshots / "approval-2.png")
         page.get_by_role("button", name="Submit", exact=True).click()
         page.get_by_text("scheduled to start now").first.wait_for()
