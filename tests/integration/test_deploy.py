@@ -108,6 +108,7 @@ def test_deploying_again_changes_nothing_and_without_a_model_removes_it(
         deploy([a, a], POOL)
 
 
+@pytest.mark.nightly
 def test_a_worker_that_was_away_catches_up_once(
     small_world: Callable[[str], World], prefect_server: str, tmp_path: Path
 ) -> None:
