@@ -76,6 +76,7 @@ def test_an_ensemble_is_promoted_served_and_watched(
     assert [one.samples for one in checked] == [0, 100]  # it learned all of the first
 
 
+@pytest.mark.nightly
 def test_a_challenger_without_labels_waits_for_them_and_serves(
     tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

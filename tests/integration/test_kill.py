@@ -7,7 +7,7 @@ open, the same fresh labels. kill_driver.py, beside this file, says how it is do
 
 The state on disk "just after" a write is the one "just before" the next: unless KILL_ALL is
 set (`make test-nightly` sets it), one of the two is tried, what bootstrap, watch and retrain share
-is tried in the longest chain only, and there every second write but those that DECIDE, so that 2
+is tried in the longest chain only, and there every fourth write but those that DECIDE, so that 2
 cores need minutes, not half an hour. Drift reports are replaced by a short file, but for one chain,
 since Evidently takes seconds for each.
 """
@@ -80,7 +80,7 @@ def chosen(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
         numbered = [
             (at, where)
             for at, where in numbered
-            if at % 4 == 0 or at == last or any(kind in where for kind in DECIDE)
+            if at % 8 == 0 or at == last or any(kind in where for kind in DECIDE)
         ]
     numbered = [
         (at, where) for at, where in numbered if not where.startswith("after write") or at == last
