@@ -173,8 +173,15 @@ def test_overtaken_at_any_write(cases: dict[str, Cases]) -> None:
     assert not any(complaints.values()), report(complaints)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.7])
-@pytest.mark.parametrize("scenario", ["retrain", "chain"])
+@pytest.mark.parametrize(
+    ("scenario", "seconds"),
+    [
+        ("chain", 0.0),
+        pytest.param("chain", 0.7, marks=pytest.mark.nightly),
+        pytest.param("retrain", 0.0, marks=pytest.mark.nightly),
+        ("retrain", 0.7),
+    ],
+)
 def test_two_at_once(
     scenario: str, seconds: float, drivers: Drivers, cases: dict[str, Cases]
 ) -> None:
@@ -184,6 +191,7 @@ def test_two_at_once(
     assert not wrong, wrong
 
 
+@pytest.mark.nightly
 def test_other_faults(drivers: Drivers) -> None:
     """A batch or labels change under a watch, no file can grow, the clock jumps, MLflow dies.
 
