@@ -52,6 +52,7 @@ from flows.doubt import adapted_answers, see
 from sft.dataset import LabelledPictures
 from sft.models import Network
 from sft.noise import NoiseSettings, judge_labels
+from sft.train import TrainingSettings
 
 AVALANCHE = "Avalanche "
 CELLS = realdata.CACHE / "sft"
@@ -130,13 +131,25 @@ class Runner:
         else:
             known = self._outcome(replace(cell, method=ours(cell.world)))
             assert known is not None
-            size = method.settings.batch_size
-            outcome = sft_peers.ask(given, [peer], known.steps, size, cell.seed)[peer]
+            outcome = sft_peers.ask(
+                given,
+                [peer],
+                known.steps,
+                method.settings.batch_size,
+                cell.seed,
+                peers_rate(method.settings),
+            )[peer]
         CELLS.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps({"cell": asdict(cell), "outcome": asdict(outcome)}))
         unfinished.replace(path)
         return outcome
+
+
+def peers_rate(settings: TrainingSettings) -> float:
+    """Give the rate of our backbone, if it is set: the peers have one rate for all weights."""
+    rate = settings.learning_rate * settings.backbone_rate
+    return rate if math.isfinite(rate) else sft_peers.LEARNING_RATE
 
 
 def _method(cell: Cell) -> Method:
