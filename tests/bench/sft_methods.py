@@ -319,6 +319,7 @@ def _only(**values: Any) -> Method:
     return _changed(**{**{key: PLAIN[key] for key in terms}, **values})
 
 
+TUTORIAL_SGD = "tutorial fine-tuning, SGD .001"
 PHOTOGRAPH = "photographs recipe"
 HEAD_CACHED = "photographs recipe, head alone, embeddings cached"
 OF_RECIPE = replace(RECIPE.compute, findings=FINDINGS)
@@ -342,6 +343,9 @@ HEAD_OF_RECIPE = replace(
 METHODS: dict[str, Method] = {
     "no update": Method(_unchanged),
     "tutorial fine-tuning": Method(_tutorial, TUTORIAL),
+    TUTORIAL_SGD: Method(
+        _tutorial, replace(TUTORIAL, optimiser=Optimiser.SGD, learning_rate=1e-3)
+    ),  # Adam at 1e-3 destroys a pretrained network
     "scratch on everything": Method(_scratch),
     "the default": Method(_tuned),
     "30 epochs of 64": _changed(epochs=30, batch_size=64),  # the default before
