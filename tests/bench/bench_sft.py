@@ -70,6 +70,7 @@ OFTEN = {
 }
 """What is measured with three seeds, by world and labels: what a target names. The rest takes one:
 it is dear, or does not depend on the seed, or no target asks for it."""
+PEERS_ON = (("digits", 200), ("sensor", 200), ("squeezenet", 140))
 DELIVERIES = 20
 DELIVERED = 140
 WRONG = 0.6
@@ -313,7 +314,7 @@ def avalanche(run: Runner) -> list[Figure]:
     replay = f"{AVALANCHE}Replay"
     lost: dict[str, list[float]] = defaultdict(list)
     worlds: dict[str, float] = {}
-    for place, labels in (("digits", 200), ("sensor", 200), ("squeezenet", 140)):
+    for place, labels in PEERS_ON:
         found = measure(run, place, labels, [ours(place), *names])
         if not found[replay]:
             continue
@@ -324,10 +325,14 @@ def avalanche(run: Runner) -> list[Figure]:
             for whose, name in (("ours", ours(place)), ("Replay", replay))
             for words, what in (("", _forgetting), (", mean accuracy", _mean))
         }
-    if not lost:
+    if len(lost[replay]) < len(PEERS_ON):  # the figure is of all of them
         return []
     mine, theirs = float(np.mean(lost["ours"])), float(np.mean(lost[replay]))
-    others = {name: float(np.mean(lost[name])) for name in names if name != replay and lost[name]}
+    others = {
+        name: float(np.mean(lost[name]))
+        for name in names
+        if name != replay and len(lost[name]) == len(PEERS_ON)
+    }
     return [
         Figure(
             "average forgetting over digits, sensor and PACS, same steps",
