@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from flows.digest import digest
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import BatchData, TooManyBad
+from flows.kept import SEEN, as_json
 from flows.package import see
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
@@ -123,6 +125,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a batch shows by itself, whatever came before; `evidence` as it stands on record."""
+
+    detection: Detection
+    evidence: str
+    estimate: Estimate
+    slices: tuple[Slice, ...]
+    notes: tuple[str, ...]
+
+
+FOUND = as_json("found", Found)
+
+
+@dataclass(frozen=True)
 class Checked:
     """One check's result; the figures are NaN when it failed or waits for more pictures."""
 
@@ -189,57 +205,39 @@ def check(
     the settings do.
     """
     champion = against.version
+    look = Look(settings, against, batch)
     key = CheckKey(champion.number, batch.id, batch.digest)
     run_id = registry.begin_check(key, stamp_of(batch, settings))
     try:
-        preprocessing = against.network.config.preprocessing
-        bound = settings.memory.in_memory_bytes
-        read = read_batch(batch, settings.feed, settings.root, preprocessing, in_memory_bytes=bound)
+        own = look_once(registry, look)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
         return _fail(registry, batch, champion, run_id, str(error))
-    places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in against.used]
-    if not places:
+    if own is None:
         reason = "The champion learned from every sample of the batch, or has it in its reference."
         return _without_test(registry, batch, champion, run_id, Action.NONE.value, reason, 0)
-    own = _features(against.network, read, places)
     try:
         own.require_finite("batch")
     except ValueError as error:
         return _fail(registry, batch, champion, run_id, str(error))
     tested, notes = _with_waiting(registry, past, batch, own)
-    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
-        folder = Path(name)
-        own.save(folder / "features.parquet")
-        if read.quarantined:
-            rows = [(q.sample_id, q.reason) for q in read.quarantined]
-            pd.DataFrame(rows, columns=["sample_id", "reason"]).to_csv(
-                folder / "quarantine.csv", index=False
-            )
-        if len(tested) < settings.checks.min_batch:
-            reason = (
-                f"{count(range(len(tested)), 'picture')} in all, fewer than min_batch ="
-                f" {settings.checks.min_batch}: tested together with the next batch."
-            )
-            _log_files(registry, run_id, folder)
-            return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
-        try:
-            measured = measure(settings, against.reference, tested, past, notes)
-        except ValueError as error:  # such as a reference that is too small for alpha
-            return _fail(registry, batch, champion, run_id, str(error))
-        metrics = _metrics(measured, len(own), len(read.quarantined))
-        decision = decider.decide(evidence_of(batch.id, metrics, settings))
-        _write_report(
-            folder / "report.html",
-            registry,
-            settings,
-            against,
-            batch,
-            read,
-            past,
-            measured,
-            decision,
+    registry.log_features(run_id, own)
+    if registry.live and look.read.quarantined:
+        registry.log_text(run_id, _quarantine(look.read), "quarantine.csv")
+    if len(tested) < settings.checks.min_batch:
+        reason = (
+            f"{count(range(len(tested)), 'picture')} in all, fewer than min_batch ="
+            f" {settings.checks.min_batch}: tested together with the next batch."
         )
-        _log_files(registry, run_id, folder)
+        return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
+    try:
+        measured = measure(registry, against, tested, past, notes)
+    except ValueError as error:  # such as a reference that is too small for alpha
+        return _fail(registry, batch, champion, run_id, str(error))
+    quarantined = len(look.read.quarantined) if registry.live else 0
+    metrics = _metrics(measured, len(own), quarantined)
+    decision = decider.decide(evidence_of(batch.id, metrics, settings))
+    if registry.live:
+        _log_report(registry, run_id, against, batch, look.read, past, measured, decision)
     registry.chart(champion.number, metrics, step=len(past.records) + 1)
     registry.log(
         run_id,
@@ -260,7 +258,7 @@ def check(
         batch_id=batch.id,
         champion=champion.number,
         samples=len(own),
-        quarantined=len(read.quarantined),
+        quarantined=quarantined,
         p_value=measured.detection.p_value,
         alarm=measured.detection.alarm,
         estimated=measured.estimate.value,
@@ -270,33 +268,51 @@ def check(
         reason=decision.reason,
         run_id=run_id,
     )
-    _show_in_prefect(registry, checked)
+    if registry.live:
+        _show_in_prefect(registry, checked)
     return checked
 
 
 def measure(
-    settings: Settings,
-    reference: Reference,
+    registry: Registry,
+    against: Against,
     features: FeatureTable,
     past: Past,
     notes: Sequence[str] = (),
 ) -> Measured:
     """Measure what was seen of a batch, without deciding anything."""
-    found = detect_drift(reference, features, settings.detection)
-    slices = check_slices(reference, features, settings.checks.slices, settings.detection)
-    p_value = joined(found.p_value, slices)
+    settings = registry.settings
+    stated = (asdict(settings.detection), settings.checks.slices, features.sample_ids)
+    found = registry.once(
+        FOUND,
+        (against.version.tags["digest"], *stated),
+        lambda: find(settings, against.reference, features),
+    )
     # what is on record is rounded: the same is added up now as later
-    exact = StreamEvidence(p_value, bets(reference, features))
-    evidence = StreamEvidence.from_json(exact.to_json())
+    evidence = StreamEvidence.from_json(found.evidence)
     _, stream = past.step(evidence)
     return Measured(
         features=features,
-        detection=replace(found, alarm=stream.alarm, p_value=p_value),
+        detection=replace(found.detection, alarm=stream.alarm),
         stream=stream,
         evidence=evidence,
+        estimate=found.estimate,
+        slices=found.slices,
+        notes=(*notes, *found.notes),
+    )
+
+
+def find(settings: Settings, reference: Reference, features: FeatureTable) -> Found:
+    """Hold a batch against the reference, by itself."""
+    detection = detect_drift(reference, features, settings.detection)
+    slices = check_slices(reference, features, settings.checks.slices, settings.detection)
+    p_value = joined(detection.p_value, slices)
+    return Found(
+        detection=replace(detection, p_value=p_value),
+        evidence=StreamEvidence(p_value, bets(reference, features)).to_json(),
         estimate=estimate_accuracy(reference, features),
         slices=slices,
-        notes=(*notes, *_small_reference(reference, features), *findings(reference, features)),
+        notes=(*_small_reference(reference, features), *findings(reference, features)),
     )
 
 
@@ -427,15 +443,51 @@ def estimate_track(records: Sequence[CheckRecord]) -> Track:
 # ---- inside
 
 
-def _features(network: Network, read: BatchData, places: Sequence[int]) -> FeatureTable:
-    sizes = read.sizes
-    return see(
-        network,
-        tuple(read.samples["sample_id"].iloc[list(places)]),
-        take(read.pixels, torch.tensor(places)),
-        sizes=[sizes[i] for i in places],
-        metadata=read.metadata.iloc[list(places)].reset_index(drop=True),
-    )
+@dataclass(frozen=True)
+class Look:
+    """A look at a batch through the eyes of the champion; its pictures are read once, if at all."""
+
+    settings: Settings
+    against: Against
+    batch: Batch
+
+    @cached_property
+    def read(self) -> BatchData:
+        """Read the batch."""
+        return read_batch(
+            self.batch,
+            self.settings.feed,
+            self.settings.root,
+            self.against.network.config.preprocessing,
+            in_memory_bytes=self.settings.memory.in_memory_bytes,
+        )
+
+    def features(self) -> FeatureTable | None:
+        """Give what the champion sees in the samples that are news to it; None if none is."""
+        read, used = self.read, self.against.used
+        ids = read.samples["sample_id"]
+        places = [i for i, name in enumerate(ids) if name not in used]
+        if not places:
+            return None
+        return see(
+            self.against.network,
+            tuple(ids.iloc[places]),
+            take(read.pixels, torch.tensor(places)),
+            sizes=[read.sizes[i] for i in places],
+            metadata=read.metadata.iloc[places].reset_index(drop=True),
+        )
+
+
+def look_once(registry: Registry, look: Look) -> FeatureTable | None:
+    """Look at a batch; a replay does it once for all policies."""
+    batch, version = look.batch, look.against.version
+    stated = (batch.id, batch.digest, asdict(look.settings.feed))
+    return registry.once(SEEN, (version.tags["digest"], *stated), look.features)
+
+
+def _quarantine(read: BatchData) -> str:
+    rows = [(q.sample_id, q.reason) for q in read.quarantined]
+    return str(pd.DataFrame(rows, columns=["sample_id", "reason"]).to_csv(index=False))
 
 
 def _with_waiting(
@@ -512,15 +564,9 @@ def _metrics(measured: Measured, samples: int, quarantined: int) -> dict[str, fl
     }
 
 
-def _log_files(registry: Registry, run_id: str, folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        registry.log_file(run_id, path)
-
-
-def _write_report(
-    path: Path,
+def _log_report(
     registry: Registry,
-    settings: Settings,
+    run_id: str,
     against: Against,
     batch: Batch,
     read: BatchData,
@@ -531,6 +577,7 @@ def _write_report(
     from monitoring.report import Page, write_report  # Evidently takes seconds to import
     from monitoring.report import Past as Drawn
 
+    settings = registry.settings
     title = f"Batch {batch.id} against version {against.version.number}"
     page = Page(
         title=title,
@@ -567,13 +614,16 @@ def _write_report(
         notes=measured.notes,
         min_drop=settings.policy.min_drop,
     )
-    write_report(
-        path,
-        page,
-        workspace=settings.workspace,
-        project=registry.name,
-        run_key=f"{against.version.number} {batch.id} {batch.digest}",
-    )
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        path = Path(name) / "report.html"
+        write_report(
+            path,
+            page,
+            workspace=settings.workspace,
+            project=registry.name,
+            run_key=f"{against.version.number} {batch.id} {batch.digest}",
+        )
+        registry.log_file(run_id, path)
 
 
 def _strays(

@@ -277,6 +277,68 @@ def prune(settings_file: Path, *, dry_run: bool) -> None:
 
 @main.command()
 @settings_option
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A TOML file with the settings to change; a list of values is a grid. Repeatable.",
+)
+@click.option(
+    "--since", help="Replay from then on, with the champion of then: an ISO date or time."
+)
+@click.option("--jobs", default=1, show_default=True, help="Processes.")
+@click.option("--floor", type=float, help="Count the days below this accuracy.")
+@click.option(
+    "--retrain-cost",
+    default=20.0,
+    show_default=True,
+    help="What a retraining costs, in wrong answers; for the regret.",
+)
+@click.option("--page", type=click.Path(path_type=Path), help="By default backtest/backtest.html.")
+@click.option("--emit", type=click.Path(path_type=Path), help="Write the chosen policy's settings.")
+@click.option("--choose", default="", help="The policy to emit; else the best on the frontier.")
+@click.option("--suggest", is_flag=True, help="Search thresholds for the cheapest above --floor.")
+@click.option("--trials", default=30, show_default=True, help="Policies that --suggest may try.")
+@click.option("--yes", is_flag=True, help="Replay a large grid without being told its cost first.")
+@told_plainly
+def backtest(
+    settings_file: Path,
+    policies: tuple[Path, ...],
+    since: str | None,
+    jobs: int,
+    floor: float | None,
+    retrain_cost: float,
+    page: Path | None,
+    emit: Path | None,
+    choose: str,
+    trials: int,
+    *,
+    suggest: bool,
+    yes: bool,
+) -> None:
+    """Replay policies on the feed's own history: what would each have brought, and cost?"""
+    settings = _begin(settings_file, needs_prefect=False)
+    from flows.backtest_report import Asked, tell
+
+    asked = Asked(
+        policies=policies,
+        since=since,
+        jobs=jobs,
+        floor=floor,
+        cost=retrain_cost,
+        page=page,
+        emit=emit,
+        choose=choose,
+        suggest=suggest,
+        trials=trials,
+        yes=yes,
+    )
+    tell(settings, asked, console)
+
+
+@main.command()
+@settings_option
 @told_plainly
 def status(settings_file: Path) -> None:
     """Show the versions, the newest checks, and what waits to be done."""

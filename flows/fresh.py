@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import ceil
@@ -19,7 +19,7 @@ import pandas as pd
 from flows.batches import read_own_labels
 from flows.digest import digest
 from flows.feed import Batch
-from flows.labels import read_labels
+from flows.labels import LabelTable, read_labels
 from flows.settings import Settings
 from flows.storage import FeedError
 from sft.dataset import HOLDOUT_SHARE, Role, role_of
@@ -78,19 +78,28 @@ def gather_labels(
     batches: Sequence[Batch],
     classes: Sequence[str],
     task: Task = SINGLE_LABEL,
+    *,
+    late: LabelTable | None = None,
+    own: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Labels:
     """Gather the labels that came late and those that came with their batch.
 
     A late label corrects one that came with the batch. Labels for samples that the feed does not
     hold, of classes that nobody named, and what cannot be a label of the task are reported, never
     guessed. Each label is written as the task writes it ("b|a" as "a|b", "7.0" as "7").
+
+    `late` and `own` (by batch) are labels that were read before; a replay has them.
     """
-    late = read_labels(settings.feed, settings.root)
+    late = late or read_labels(settings.feed, settings.root)
     problems = list(late.problems)
     own_labels: dict[str, str] = {}
     for batch in batches:
         try:
-            own_labels |= read_own_labels(batch, settings.feed, settings.root)
+            own_labels |= (
+                read_own_labels(batch, settings.feed, settings.root)
+                if own is None
+                else own[batch.id]
+            )
         except FeedError as error:  # one batch that cannot be read must not silence the others
             problems.append(str(error))
     by_id = {batch.id: batch for batch in batches}
@@ -179,8 +188,12 @@ def labels_needed(fresh: FreshSet, settings: Settings) -> int:
 
 def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
     """Name a retraining: the same champion, labels and settings never make two versions."""
-    stated = {
-        "champion": champion,
+    return digest({"champion": champion, **stated(fresh, settings)})[:32]
+
+
+def stated(fresh: FreshSet, settings: Settings) -> dict[str, object]:
+    """List all that a retraining depends on, but the champion."""
+    return {
         "fresh": fresh.digest,
         "training": asdict(settings.training),
         "search": asdict(settings.search) if settings.search.enabled else None,
@@ -188,4 +201,3 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "memory": settings.memory.carried,
         "classes": settings.model.classes,
     }
-    return digest(stated)[:32]

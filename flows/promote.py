@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from prefect import flow
 
-from flows.feed import list_batches
-from flows.fresh import gather_labels, held_out_labels
+from flows.fresh import held_out_labels
 from flows.history import show_in_prefect
+from flows.kept import as_json
 from flows.registry import (
     CHALLENGER,
     CHAMPION,
@@ -44,6 +43,17 @@ COMPARED, TIMED = 64, 8
 """Pictures whose answers are compared with those before registering; and that are timed."""
 MAX_TAG = 4000
 """Characters: MLflow takes 5,000 in a version's tag."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict, and how many fresh samples it rests on."""
+
+    verdict: Verdict
+    fresh: int
+
+
+JUDGED = as_json("judged", Judged)
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,21 @@ def promote(
     Raises:
         RegistryError: no such version, no challenger, or files that do not load.
     """
-    settings = load_settings(Path(settings_path))
-    registry = Registry(settings)
-    now = datetime.now(UTC)
+    return promote_on(
+        Registry(load_settings(Path(settings_path))), version, why, who, approved=approved
+    )
+
+
+def promote_on(
+    registry: Registry,
+    version: int | None = None,
+    why: str | None = None,
+    who: str = "",
+    *,
+    approved: bool = True,
+) -> Promoted:
+    """Do what `promote` does, on a record."""
+    settings, now = registry.settings, registry.now()
     if registry.observe_moves(now) is not None:
         show_in_prefect(registry)
     champion = registry.champion()
@@ -105,7 +127,7 @@ def promote(
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")
-    late = late_labels(registry, settings, candidate)
+    late = late_labels(registry, candidate)
     judged_now = (
         candidate.verdict is None
         or candidate.verdict_against != champion.number
@@ -137,7 +159,7 @@ def promote(
             instead_of=champion.number,
         )
     except ChampionMovedError:  # while the two were judged: judge again
-        return promote(settings_path, version=number, why=why, who=who, approved=approved)
+        return promote_on(registry, number, why, who, approved=approved)
     show_in_prefect(registry)
     return Promoted(number, champion.number, True, outcome, why or reason)
 
@@ -171,6 +193,25 @@ def judge_version(
     late: Mapping[str, str],
 ) -> Version:
     """Let both answer the same held-out samples, judge, and write the verdict on the version."""
+    before = _judged_before(registry, settings, candidate, champion)
+    stated = (asdict(settings.gate), settings.checks.slices, before, sorted(late.items()))
+    judged = registry.once(
+        JUDGED,
+        (candidate.tags["digest"], champion.tags["digest"], *stated),
+        lambda: _judge(registry, settings, candidate, champion, late, before),
+    )
+    _record(registry, candidate, champion, judged.verdict, judged.fresh)
+    return registry.version(candidate.number)
+
+
+def _judge(
+    registry: Registry,
+    settings: Settings,
+    candidate: Version,
+    champion: Version,
+    late: Mapping[str, str],
+    judged_before: int,
+) -> Judged:
     ours, theirs = registry.network(candidate), registry.network(champion)
     # by name, since two versions may order their classes differently, or know others
     classes = tuple(dict.fromkeys((*ours.config.classes, *theirs.config.classes)))
@@ -189,13 +230,14 @@ def judge_version(
         pairs["old"],
         settings.gate,
         classes=classes,
-        judged_before=_judged_before(registry, settings, candidate, champion),
-        serving=_serving(registry, candidate, ours, theirs),
+        judged_before=judged_before,
+        # in a replay nothing is timed, and nothing was registered that could come back otherwise
+        serving=_serving(registry, candidate, ours, theirs) if registry.live else None,
     )
-    _log_scores(registry, candidate, champion, pairs, classes)
-    _log_charts(registry, candidate, champion, pairs, fresh, classes)
-    _record(registry, candidate, champion, verdict, len(fresh))
-    return registry.version(candidate.number)
+    if registry.live:
+        _log_scores(registry, candidate, champion, pairs, classes)
+        _log_charts(registry, candidate, champion, pairs, fresh, classes)
+    return Judged(verdict, len(fresh))
 
 
 def _serving(registry: Registry, candidate: Version, ours: Network, theirs: Network) -> Serving:
@@ -259,13 +301,12 @@ def holdouts(
     return fresh, join([old, rest])
 
 
-def late_labels(registry: Registry, settings: Settings, candidate: Version) -> dict[str, str]:
+def late_labels(registry: Registry, candidate: Version) -> dict[str, str]:
     """Gather what labels tell by now about the held-out pictures of a version made without any."""
     if not candidate.adapted:
         return {}
-    batches = list_batches(settings.feed, settings.root)
-    config = registry.config(candidate)
-    return held_out_labels(gather_labels(settings, batches, config.classes, config.task))
+    batches, config = registry.view.batches(), registry.config(candidate)
+    return held_out_labels(registry.view.labels(batches, config.classes, config.task))
 
 
 def labels_came(
@@ -371,7 +412,8 @@ def _record(
         json.dumps(asdict(verdict), indent=2),
         f"verdict-against-{champion.number}.json",
     )
-    registry.describe(candidate, story(registry, candidate, verdict, champion))
+    if registry.live:
+        registry.describe(candidate, story(registry, candidate, verdict, champion))
     before = [one for one in candidate.tags.get("judged_against", "").split(",") if one]
     registry.tag(
         candidate,

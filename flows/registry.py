@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -28,9 +28,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from flows import package
+from flows.kept import Step, T
 from flows.package import Package
 from flows.servers import unreachable
 from flows.settings import Settings
+from flows.view import Present, View
 from flows.words import slug
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference
@@ -158,7 +160,13 @@ class Registry:
     """One model's versions, checks and aliases.
 
     Raises RegistryError from the constructor when MLflow does not answer within seconds.
+
+    Attributes:
+        live: false in a replay (`flows.replay`): nothing is drawn, told or shown there, and no flow
+            is started.
     """
+
+    live = True
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -186,6 +194,41 @@ class Registry:
         folder = Path(tempfile.mkdtemp(prefix="sustain-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
+
+    # ---- the present, which is another one in a replay
+
+    def now(self) -> datetime:
+        """Return the time."""
+        return datetime.now(UTC)
+
+    @property
+    def view(self) -> View:
+        """Show what there is in the feed."""
+        return Present(self.settings)
+
+    def once(self, step: Step[T], key: Sequence[object], make: Callable[[], T]) -> T:
+        """Take a step; a replay takes it once for all policies.
+
+        Args:
+            step: what it is.
+            key: all that its result follows from.
+            make: takes it.
+        """
+        del step, key
+        return make()
+
+    def made(
+        self, key: Sequence[object], make: Callable[[], Version], tags: Mapping[str, str]
+    ) -> Version:
+        """Make a version; a replay makes it once for all policies.
+
+        Args:
+            key: all that its content follows from.
+            make: makes and registers it.
+            tags: what else it is registered with.
+        """
+        del key, tags
+        return make()
 
     # ---- versions
 
@@ -640,6 +683,47 @@ class Registry:
                 f"the features of the check of {check.key.batch_id} cannot be read: {error}"
             ) from error
 
+    def log_features(self, run_id: str, features: FeatureTable) -> None:
+        """Store the feature table of a check."""
+        with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+            path = Path(name) / "features.parquet"
+            features.save(path)
+            self.log_file(run_id, path)
+
+    def log_replay(
+        self,
+        name: str,
+        metrics: Mapping[str, float],
+        curve: Sequence[float],
+        tags: Mapping[str, str],
+        page: Path | None = None,
+    ) -> str:
+        """Put a replayed policy on record, in an experiment of its own; return the run.
+
+        Args:
+            name: of the policy.
+            metrics: its figures.
+            curve: accuracy on each batch, NaN where nobody knows it.
+            tags: what else is told.
+            page: a file to keep beside it.
+        """
+        experiment = self._experiment("/backtest")
+        run = self.client.create_run(
+            experiment,
+            run_name=name,
+            tags={"sustain.kind": "replay", "sustain.model": self.name, **tags},
+        )
+        run_id = str(run.info.run_id)
+        self.log(run_id, metrics=metrics)
+        at = int(datetime.now(UTC).timestamp() * 1000)
+        points = [Metric("accuracy.served", v, at, i) for i, v in enumerate(curve) if v == v]  # noqa: PLR0124 - NaN
+        for start in range(0, len(points), 1000):  # as many as one call takes
+            self.client.log_batch(run_id, metrics=points[start : start + 1000])
+        if page is not None:
+            self.log_file(run_id, page)
+        self.end_run(run_id)
+        return run_id
+
     def run_url(self, run_id: str, *, artifact: str = "") -> str:
         """Return the address of a run in MLflow's UI."""
         base = self.uri if self.uri.startswith("http") else self.settings.servers.mlflow_ui
@@ -700,8 +784,8 @@ class Registry:
                 f"the files of version {version.number} cannot be fetched: {error}"
             ) from error
 
-    def _experiment(self) -> str:
-        name = f"sustain/{self.name}"
+    def _experiment(self, below: str = "") -> str:
+        name = f"sustain/{self.name}{below}"
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             if found.lifecycle_stage != "active":
@@ -709,7 +793,8 @@ class Registry:
             return str(found.experiment_id)
         location = None
         if self.uri.startswith("sqlite:"):  # else MLflow would write below the working directory
-            location = (self.settings.root / "mlartifacts").resolve().as_uri()
+            folder = f"mlartifacts{below}"
+            location = (self.settings.root / folder).resolve().as_uri()
         try:
             return str(self.client.create_experiment(name, artifact_location=location))
         except MlflowException:

@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -17,17 +17,18 @@ from prefect import flow
 
 from flows.batches import read_batch
 from flows.doubt import PAGE, judge_delivery, suspicious_files
-from flows.feed import Batch, list_batches
-from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
+from flows.feed import Batch
+from flows.fresh import FreshSet, fresh_set, labels_needed, retrain_key, stated
 from flows.intake import About
+from flows.kept import Step
 from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.progress import TrainingBar
-from flows.promote import promote
+from flows.promote import promote, promote_on
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
-from sft import after
+from sft import after, models
 from sft.averaging import members_of
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
@@ -88,34 +89,57 @@ def retrain(settings_path: str, cause: str = "asked for by a person", check: str
     Raises:
         RetrainError: too few fresh labels, or of too few classes.
     """
-    settings = load_settings(Path(settings_path))
-    registry = Registry(settings)
-    registry.observe_moves(datetime.now(UTC))
+    return retrain_on(Registry(load_settings(Path(settings_path))), cause, check)
+
+
+def retrain_on(registry: Registry, cause: str, check: str = "") -> Retrained:
+    """Do what `retrain` does, on a record."""
+    version, made_now = train_on(registry, cause, check)
+    return challenge(registry, version, made_now=made_now)
+
+
+def train_on(registry: Registry, cause: str, check: str = "") -> tuple[Version, bool]:
+    """Make a challenger, unless it was made before; return it, and whether it was made now.
+
+    Raises:
+        RetrainError: too few fresh labels, or of too few classes.
+    """
+    settings = registry.settings
+    registry.observe_moves(registry.now())
     champion = registry.champion()
-    batches = list_batches(settings.feed, settings.root)
+    batches = registry.view.batches()
     config = registry.config(champion)
     refuse_contradiction(settings, config)
-    labels = gather_labels(settings, batches, config.classes, config.task)
+    labels = registry.view.labels(batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     key = retrain_key(champion.number, fresh, settings)
     version = registry.find_version(key)
     made_now = version is None
     if version is None:
         require_enough(fresh, settings)
-        version = make_challenger(registry, settings, champion, batches, fresh, key, cause, check)
+        learns = (champion.tags["digest"], stated(fresh, settings))
+        version = registry.made(
+            (*learns, settings.checks.max_regimes, sorted(_rang(registry, champion))),
+            lambda: make_challenger(
+                registry, settings, champion, batches, fresh, key, cause, check
+            ),
+            {"retrain_key": key, **_origin(champion, cause, check)},
+        )
     else:
         registry.finish_training(version)
-    return challenge(registry, version, settings_path, made_now=made_now)
+    return version, made_now
 
 
-def challenge(
-    registry: Registry, version: Version, settings_path: str, *, made_now: bool
-) -> Retrained:
+def challenge(registry: Registry, version: Version, *, made_now: bool) -> Retrained:
     """Give a version the alias of the challenger, and let it be judged."""
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
-    result = promote(settings_path, version=version.number, approved=False)
-    tell(registry, registry.settings, datetime.now(UTC))
+    if registry.live:
+        path = str(registry.settings.path)
+        result = promote(path, version=version.number, approved=False)
+        tell(registry, registry.settings, registry.now())
+    else:
+        result = promote_on(registry, version.number, approved=False)
     return Retrained(
         version.number,
         result.promoted,
@@ -185,10 +209,18 @@ def make_challenger(
         params={**asdict(training), "parent": champion.number, "fresh": dict(counts)},
     )
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
-    tuned = tune(
-        network, champion_network, delivery.believed, old, old_validation, settings, training
-    )
-    log_training(registry, run_id, tuned)
+
+    def fine_tune() -> Network:
+        tuned = tune(
+            network, champion_network, delivery.believed, old, old_validation, settings, training
+        )
+        if registry.live:
+            log_training(registry, run_id, tuned)
+        return tuned.network
+
+    load = partial(models.load, allowed_factories=settings.allowed_factories)
+    learns = (champion.tags["digest"], stated(fresh, settings))
+    tuned = registry.once(Step("tuned", models.save, load), learns, fine_tune)
     files = suspicious_files(delivery.usable, delivery.doubt, classes)
     for name, text in files.items():
         registry.log_text(run_id, text, name)
@@ -217,9 +249,9 @@ def make_challenger(
     used = pd.concat([before, learned])
     trained = frozenset(used[used["role"] != Role.HOLDOUT.value]["sample_id"])
     made = Package(
-        network=tuned.network,
+        network=tuned,
         reference=build_reference(
-            tuned.network, carried, max_regimes=settings.checks.max_regimes, learned=trained
+            tuned, carried, max_regimes=settings.checks.max_regimes, learned=trained
         ),
         memory=carried,
         learned=learned,
@@ -232,8 +264,7 @@ def make_challenger(
             code_version=installed_version("sustain"),
         ),
     )
-    tags = {"parent": str(champion.number), "cause": cause, "labels": doubts}
-    tags |= {"cause_check": check} if check else {}
+    tags = {**_origin(champion, cause, check), "labels": doubts}
     version = registry.register(made, key=key, run_id=run_id, tags=tags)
     registry.end_run(run_id)
     return version
@@ -259,6 +290,16 @@ def _refused(
     return LabelsRefusedError(words, files)
 
 
+def _origin(champion: Version, cause: str, check: str) -> dict[str, str]:
+    tags = {"parent": str(champion.number), "cause": cause}
+    return tags | ({"cause_check": check} if check else {})
+
+
+def _rang(registry: Registry, champion: Version) -> set[str]:
+    """Name the batches that rang against the champion."""
+    return {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
+
+
 def read_window(
     registry: Registry,
     settings: Settings,
@@ -276,7 +317,7 @@ def read_window(
     wanted: dict[str, set[str]] = defaultdict(set)
     for name in label_of:
         wanted[name.split("/", 1)[0]].add(name)
-    rang = {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
+    rang = _rang(registry, champion)
     known = set(registry.learned(champion)["sample_id"])
     labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}

@@ -348,6 +348,21 @@ def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> Setti
     return settings
 
 
+def changed(settings: Settings, overrides: Mapping[str, Mapping[str, Any]], name: str) -> Settings:
+    """Return settings in which some keys have other values; `name` stands in messages.
+
+    Raises:
+        SettingsError: a section, key or value is unknown or wrong.
+    """
+    parts = {}
+    for section, values in overrides.items():
+        stated = _section(name, section, values)
+        known = getattr(settings, section)
+        kept = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
+        parts[section] = _build(name, section, {**kept, **stated})
+    return dataclasses.replace(settings, **parts)
+
+
 def export_to_environment(settings: Settings) -> None:
     """Set where Prefect is and how it speaks, for a command; call it before Prefect is imported.
 

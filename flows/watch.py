@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import cast
 from uuid import NAMESPACE_OID, uuid5
@@ -36,12 +36,11 @@ from flows.check import (
     suppressed_tags,
 )
 from flows.decisions import UNTRAINABLE, Decider, read_history
-from flows.feed import Batch, list_batches
+from flows.feed import Batch
 from flows.fresh import (
     FreshSet,
     Labels,
     fresh_set,
-    gather_labels,
     retrain_key,
 )
 from flows.history import show_in_prefect
@@ -50,8 +49,8 @@ from flows.probation import answer_with_before, compare, version_before
 from flows.progress import CheckBar
 from flows.promote import promote
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
-from flows.retrain import LabelsRefusedError, RetrainError, retrain
-from flows.rollback import rollback
+from flows.retrain import LabelsRefusedError, RetrainError, retrain, retrain_on
+from flows.rollback import roll_back, rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.storage import FeedError
 from monitoring.policy import (
@@ -138,12 +137,12 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     champion = registry.champion()
     config = registry.config(champion)
     refuse_contradiction(settings, config)
-    batches = list_batches(settings.feed, settings.root)
+    batches = registry.view.batches()
     checks = registry.checks(champion.number)
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
     stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
-    labels = gather_labels(settings, batches, config.classes, config.task)
+    labels = registry.view.labels(batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
     finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
@@ -179,9 +178,12 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
 @flow(name="watch", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
 def watch(settings_path: str) -> Watched:
     """Check what is new, settle what has labels, decide, and start a retraining if it is due."""
-    settings = load_settings(Path(settings_path))
-    registry = Registry(settings)
-    now = datetime.now(UTC)
+    return watch_on(Registry(load_settings(Path(settings_path))))
+
+
+def watch_on(registry: Registry) -> Watched:
+    """Do what `watch` does, on a record."""
+    settings, now = registry.settings, registry.now()
     move = registry.observe_moves(now)
     if move is not None:
         show_in_prefect(registry)
@@ -216,7 +218,7 @@ def _act(
     registry: Registry, settings: Settings, plan: Plan, decision: Decision, now: datetime
 ) -> tuple[Decision, str]:
     """Roll back or retrain if it is due; return the decision in force and what was done."""
-    moved = _end_probation(registry, settings, plan, now) or _judge_waiting(settings, plan)
+    moved = _end_probation(registry, settings, plan, now) or _judge_waiting(registry, plan)
     if moved is not None:
         return moved
     standing = plan.standing
@@ -227,7 +229,7 @@ def _act(
     if decision.action is not Action.RETRAIN:
         return decision, ""
     try:
-        return decision, start_retraining(settings, plan.champion, plan.fresh, standing, decision)
+        return decision, start_retraining(registry, plan.champion, plan.fresh, standing, decision)
     except LabelsRefusedError as error:  # the same ones would be refused again: others are needed
         refused = Decision(Action.ASK_FOR_LABELS, f"{decision.reason} Nothing was trained: {error}")
         _record_decision(registry, standing.run_id, refused, plan.decider.name)
@@ -243,6 +245,9 @@ def list_wanted_labels(
     registry: Registry, settings: Settings, plan: Plan, asking: CheckRecord
 ) -> str:
     """Put the list of samples that are worth labelling beside the check that asks for them."""
+    if not registry.live:  # the labels are those that came
+        registry.log(asking.run_id, tags={"sustain.requested": plan.decider.name})
+        return ""
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
         folder = Path(name)
         wanted = write_list(
@@ -279,10 +284,11 @@ def check_all(
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
-    bar = CheckBar(len(plan.pending))
+    bar = CheckBar(len(plan.pending), shown=registry.live)
     with bar:
         for batch in plan.pending:
-            one = check.with_options(task_run_name=f"check {batch.id}")
+            named = check.with_options(task_run_name=f"check {batch.id}")
+            one = named if registry.live else check.fn
             try:
                 done = one(registry, settings, against, batch, past, plan.decider)
             except FeedError as error:
@@ -346,21 +352,23 @@ def _end_probation(
     if decision is None:
         return None
     try:
+        if not registry.live:
+            return decision, roll_back(registry, before.number, decision.reason).words
         return decision, rollback(str(settings.path), to=before.number, why=decision.reason).words
     except RegistryError as error:
         return decision, f"version {before.number} did not come back: {error}"
 
 
-def _judge_waiting(settings: Settings, plan: Plan) -> tuple[Decision, str] | None:
+def _judge_waiting(registry: Registry, plan: Plan) -> tuple[Decision, str] | None:
     """Judge a challenger whose labels came; return why and what was done if it was promoted."""
     if plan.waiting is None:
         return None
-    judged = promote(str(settings.path), version=plan.waiting.number)
+    judged = promote(str(registry.settings.path), version=plan.waiting.number)
     return (Decision(Action.NONE, judged.words), judged.words) if judged.promoted else None
 
 
 def start_retraining(
-    settings: Settings,
+    registry: Registry,
     champion: Version,
     fresh: FreshSet,
     cause: CheckRecord,
@@ -371,6 +379,11 @@ def start_retraining(
     A deployment `retrain/<model>` is started with an idempotency key, so that the same labels start
     it once; without one the flow runs here and now.
     """
+    settings = registry.settings
+    batch = cause.key.batch_id
+    why = f"drift in batch {batch}" if cause.alarm else f"due at batch {batch}: {decision.reason}"
+    if not registry.live:
+        return retrain_on(registry, why, cause.run_id).words
     name = settings.model.name
     key = retrain_key(champion.number, fresh, settings)
     emit_event(
@@ -384,8 +397,6 @@ def start_retraining(
         },
         id=uuid5(NAMESPACE_OID, key),  # told again, it is still the same event
     )
-    batch = cause.key.batch_id
-    why = f"drift in batch {batch}" if cause.alarm else f"due at batch {batch}: {decision.reason}"
     parameters = {"settings_path": str(settings.path), "cause": why, "check": cause.run_id}
     deployment = f"retrain/{name}"
     if not _deployed(deployment):
