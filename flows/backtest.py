@@ -242,7 +242,8 @@ def prepare(settings: Settings, since: datetime | None = None) -> tuple[Past, St
 
 def replay(past: Past, start: Start, shelf: Shelf, candidate: Candidate) -> tuple[Replayed, Costs]:
     """Let one policy go through the history; tell what it did, and what each of its steps cost."""
-    registry = SimulatedRegistry(candidate.settings, shelf, start)
+    # a shelf of its own, on the same files: what others took later is not even in memory
+    registry = SimulatedRegistry(candidate.settings, Shelf(shelf.folder), start)
     serving: dict[str, Version] = {}
     for moment in past.moments:
         registry.move_to(moment, past.at(moment))
@@ -253,19 +254,24 @@ def replay(past: Past, start: Start, shelf: Shelf, candidate: Candidate) -> tupl
 
 
 def find_ideal(
-    past: Past, start: Start, shelf: Shelf, replays: Sequence[Replayed], cost: float
+    past: Past,
+    start: Start,
+    shelf: Shelf,
+    replays: Sequence[Replayed],
+    cost: float,
+    times: int = ORACLE_TIMES,
 ) -> Ideal | None:
     """Ask the oracle: of all versions that could have been had, which should have served when?
 
     These are the versions that any policy made, each from the moment at which it was first made,
-    and, at some `ORACLE_TIMES` times, the default fine-tuning of the first champion on all labels
+    and, at some `times` moments, the default fine-tuning of the first champion on all labels
     that had come by then. So of chains of fine-tunings only those that a policy made are thought of.
     """
     ready = {start.tags["digest"]: past.moments[0] - timedelta(microseconds=1)}
     for one in replays:
         for made in one.retrainings:
             ready[made.version] = min(made.at, ready.get(made.version, made.at))
-    every = max(1, len(past.moments) // ORACLE_TIMES)
+    every = max(1, len(past.moments) // times)
     for moment in past.moments[::every]:
         name = _train_alone(past, start, shelf, moment)
         if name is not None:
