@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
-.PHONY: demo test test-fast lint format bench bench-cli bench-gate bench-monitoring bench-month \
+.PHONY: demo test test-fast lint format bench bench-backtest bench-cli bench-gate bench-monitoring bench-month \
 	bench-sft clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
@@ -29,7 +29,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-cli bench-gate bench-monitoring bench-sft bench-month  ## each writes tests/bench/results/NAME.{json,md}
+bench: bench-backtest bench-cli bench-gate bench-monitoring bench-sft bench-month  ## each writes tests/bench/results/NAME.{json,md}
 
 bench-cli: $(INSTALLED)
 	$(BIN)/python tests/bench/cli.py
@@ -43,6 +43,9 @@ bench-monitoring: $(INSTALLED)  ## monitoring on real data beside its peers: som
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python tests/bench/bench_monitoring.py
+
+bench-backtest: $(INSTALLED)  ## policies replayed on streams of real pictures: some ten CPU minutes
+	$(BIN)/python tests/bench/bench_backtest.py
 
 bench-month: $(INSTALLED)  ## a simulated month through the real flows: some 20 minutes
 	$(BIN)/python tests/bench/bench_month.py

@@ -264,8 +264,8 @@ def find_ideal(
     """Ask the oracle: of all versions that could have been had, which should have served when?
 
     These are the versions that any policy made, each from the moment at which it was first made,
-    and, at some `times` moments, the default fine-tuning of the first champion on all labels
-    that had come by then. So of chains of fine-tunings only those that a policy made are thought of.
+    and, at some `times` moments, the default fine-tuning of the first champion on all labels that
+    had come by then. So of chains of fine-tunings only those that a policy made are thought of.
     """
     ready = {start.tags["digest"]: past.moments[0] - timedelta(microseconds=1)}
     for one in replays:

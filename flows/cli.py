@@ -19,7 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from flows.check import Checked
-    from flows.registry import Registry
+    from flows.registry import Registry, Version
     from flows.settings import Settings
     from flows.watch import Plan, Watched
 
@@ -375,6 +375,8 @@ def status(settings_file: Path) -> None:
         f" {len(plan.fresh)} fresh labels"
     )
     console.print(describe(settings.policy), markup=False)
+    if words := _saved(registry):
+        console.print(words, markup=False, soft_wrap=True)
     if words := estimate_track(plan.finished).words:
         console.print(words, markup=False)
     for problem in plan.labels.problems:
@@ -414,7 +416,8 @@ def version_table(registry: Registry) -> Table:
     """Lay the versions out, oldest first."""
     champion = registry.alias("champion")
     table = Table(title=f"versions of {registry.name}", title_justify="left")
-    for column in ("version", "parent", "verdict", "champion since", "rolled back", "why"):
+    columns = ("version", "parent", "verdict", "cost", "champion since", "rolled back", "why")
+    for column in columns:
         table.add_column(column)
     for version in registry.versions():
         tags = version.tags
@@ -424,6 +427,7 @@ def version_table(registry: Registry) -> Table:
             f"{version.number}{mark}",
             str(version.parent or ""),
             version.verdict or "not judged",
+            _cost(registry, version),
             _moment(tags.get("promoted_at", "")),
             _moment(tags.get("rolled_back_at", "")) if version.rolled_back else "",
             tags.get("reason", "") if version.rolled_back else tags.get("cause", ""),
@@ -474,11 +478,39 @@ def _row(checked: Checked) -> list[str]:
     ]
 
 
+def _saved(registry: Registry) -> str:
+    """Say what was not spent because a change was not answered by a retraining."""
+    checks = [c for c in registry.checks(None) if c.tags.get("sustain.suppressed")]
+    if not checks:
+        return ""
+    last = checks[-1]
+    return (
+        f"{len(checks)} changes were not answered by a retraining; the last one"
+        f" ({last.key.batch_id}): {last.tags['sustain.suppressed']}, so"
+        f" {last.tags['sustain.saved']}"
+    )
+
+
 def _evidence(metrics: Mapping[str, float]) -> str:
     """Write the evidence of the stream, of what it takes to ring."""
     if "drift.stream" not in metrics:
         return ""
     return f"{metrics['drift.stream']:.1f} of {metrics['drift.stream_threshold']:.1f}"
+
+
+def _cost(registry: Registry, version: Version) -> str:
+    """Say what a version cost, for each point of accuracy that it regained."""
+    from flows.story import new_labels
+
+    spent, points = registry.cost(version), float(version.tags.get("gain", "0")) * 100
+    if spent is None or version.parent is None:
+        return ""
+    try:
+        labels = len(new_labels(registry, version)[0])
+    except RuntimeError:  # its files are gone
+        return spent.words
+    each = f", {labels / points:.1f} a point regained" if points > 0 else ""
+    return f"{spent.words}, {labels} labels{each}"
 
 
 def _moment(time: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import TracebackType
@@ -40,6 +40,17 @@ class Cost:
         """Lay it out for a run; energy only where it is known."""
         found = {"cost.cpu_seconds": self.cpu_seconds, "cost.gpu_seconds": self.gpu_seconds}
         return found if self.energy_wh is None else {**found, "cost.energy_wh": self.energy_wh}
+
+    @classmethod
+    def read(cls, metrics: Mapping[str, float]) -> Cost | None:
+        """Read what `metrics` laid out; None where nothing was measured."""
+        if "cost.cpu_seconds" not in metrics:
+            return None
+        return cls(
+            metrics["cost.cpu_seconds"],
+            metrics.get("cost.gpu_seconds", 0.0),
+            metrics.get("cost.energy_wh"),
+        )
 
     @property
     def words(self) -> str:

@@ -47,10 +47,11 @@ MAX_TAG = 4000
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, and how many fresh samples it rests on."""
+    """A verdict, how many fresh samples it rests on, and the gain of accuracy on these."""
 
     verdict: Verdict
     fresh: int
+    gain: float
 
 
 JUDGED = as_json("judged", Judged)
@@ -200,7 +201,7 @@ def judge_version(
         (candidate.tags["digest"], champion.tags["digest"], *stated),
         lambda: _judge(registry, settings, candidate, champion, late, before),
     )
-    _record(registry, candidate, champion, judged.verdict, judged.fresh)
+    _record(registry, candidate, champion, judged)
     return registry.version(candidate.number)
 
 
@@ -237,7 +238,9 @@ def _judge(
     if registry.live:
         _log_scores(registry, candidate, champion, pairs, classes)
         _log_charts(registry, candidate, champion, pairs, fresh, classes)
-    return Judged(verdict, len(fresh))
+    new = pairs["fresh"]
+    gain = new.challenger.accuracy - new.champion.accuracy if len(new) else 0.0
+    return Judged(verdict, len(fresh), gain)
 
 
 def _serving(registry: Registry, candidate: Version, ours: Network, theirs: Network) -> Serving:
@@ -403,26 +406,27 @@ def _judged_before(
     )
 
 
-def _record(
-    registry: Registry, candidate: Version, champion: Version, verdict: Verdict, fresh: int
-) -> None:
+def _record(registry: Registry, candidate: Version, champion: Version, judged: Judged) -> None:
     """Write the verdict on the version; the tag `verdict` comes last and makes it count."""
+    verdict = judged.verdict
     registry.log_text(
         candidate.run_id,
         json.dumps(asdict(verdict), indent=2),
         f"verdict-against-{champion.number}.json",
     )
     if registry.live:
-        registry.describe(candidate, story(registry, candidate, verdict, champion))
+        told = story(registry, candidate, verdict, champion, judged.gain)
+        registry.describe(candidate, told)
     before = [one for one in candidate.tags.get("judged_against", "").split(",") if one]
     registry.tag(
         candidate,
         judged_against=",".join(dict.fromkeys([*before, str(champion.number)])),
         **(
-            {"verdict_fresh": str(fresh), "verdict_missing": str(verdict.missing)}
+            {"verdict_fresh": str(judged.fresh), "verdict_missing": str(verdict.missing)}
             if candidate.adapted  # what it takes to judge it again
             else {}
         ),
+        gain=f"{judged.gain:.4f}",
         verdict_reason=verdict.reason,
         verdict_against=str(champion.number),
         verdict=verdict.outcome.value,

@@ -29,6 +29,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 
 from flows import package
 from flows.kept import Step, T
+from flows.meter import Cost
 from flows.package import Package
 from flows.servers import unreachable
 from flows.settings import Settings
@@ -633,6 +634,14 @@ class Registry:
         except MlflowException:
             return None
         return None if info.end_time is None else (info.end_time - info.start_time) / 1000
+
+    def cost(self, version: Version) -> Cost | None:
+        """Return what the fine-tuning of a version cost; None when it is not on record."""
+        try:
+            metrics = self.client.get_run(version.run_id).data.metrics
+        except MlflowException:
+            return None
+        return Cost.read(metrics)
 
     def finish_training(self, version: Version) -> None:
         """Close the run of a version whose maker was killed right after registering it."""

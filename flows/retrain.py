@@ -21,6 +21,7 @@ from flows.feed import Batch
 from flows.fresh import FreshSet, fresh_set, labels_needed, retrain_key, stated
 from flows.intake import About
 from flows.kept import Step
+from flows.meter import Meter
 from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.progress import TrainingBar
@@ -211,9 +212,17 @@ def make_challenger(
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
 
     def fine_tune() -> Network:
-        tuned = tune(
-            network, champion_network, delivery.believed, old, old_validation, settings, training
-        )
+        with Meter() as meter:
+            tuned = tune(
+                network,
+                champion_network,
+                delivery.believed,
+                old,
+                old_validation,
+                settings,
+                training,
+            )
+        registry.log(run_id, metrics=meter.cost.metrics)
         if registry.live:
             log_training(registry, run_id, tuned)
         return tuned.network

@@ -49,7 +49,7 @@ def write(name: str, figures: Sequence[Figure], *, merge: bool = False) -> None:
         )
     table = "\n".join([*lines, ""])
     (FOLDER / f"{name}.md").write_text(table)
-    _put_into_readme(name, table)
+    put_into_readme(name, table)
     count = sum(row["met"] for row in rows)
     print(table)  # noqa: T201 - the report of a benchmark
     print(f"{count} met, {len(rows) - count} missed")  # noqa: T201
@@ -66,7 +66,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _put_into_readme(name: str, table: str) -> None:
+def put_into_readme(name: str, table: str) -> None:
     readme = Path(__file__).parents[2] / "README.md"
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     pattern = f"{re.escape(begin)}.*?{re.escape(end)}"

@@ -94,7 +94,7 @@ def test_what_decides_holds_nothing_of_the_future(
         seen.append(len(known))
         return check.fn(registry, *others)
 
-    from sft.tasks import SINGLE_LABEL as TASK  # noqa: N811
+    from sft.tasks import SINGLE_LABEL as TASK
 
     monkeypatch.setattr("flows.watch.check", type("Nosy", (), {
         "fn": staticmethod(nosy), "with_options": lambda *_, **__: None,
@@ -145,7 +145,7 @@ def test_without_labels_it_says_what_cannot_be_had(tmp_path: Path) -> None:
     assert "accuracy" in " ".join(story.past.notes)
     done, _ = replayed(story, always="always")["always"]
     assert any(one.alarm for one in done.served)
-    assert done.accuracy != done.accuracy  # noqa: PLR0124 - NaN
+    assert done.accuracy != done.accuracy
     found = Backtest((done,), None, 20.0, None, 1.0, story.past.notes)
     assert (found.frontier, found.regret(done)) == ((), None)
     assert "Without labels" in write_page(found, "digits", None)
@@ -170,7 +170,7 @@ def test_batches_in_another_order_and_twice_are_told(tmp_path: Path) -> None:
     for file in (feed / "02-optical").iterdir():
         os.utime(file, (early, early))
     past = story.past
-    assert [b.id for b in past.batches][0] == "02-optical"
+    assert past.batches[0].id == "02-optical"
     assert any("another order" in note for note in past.notes)
     assert any("00-again, 01-optical" in note for note in past.notes)
     done, _ = replayed(story, never="never")["never"]
