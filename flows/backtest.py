@@ -7,6 +7,7 @@ policies agree on are taken once.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,7 @@ import numpy as np
 from prefect import flow
 
 from flows.check import Look, load_champion, look_once
+from flows.digest import digest
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.grid import Candidate, Grid, grid_of, prepared, read_grid
@@ -221,8 +223,18 @@ def run(
         cost=cost,
         floor=floor,
         cpu_seconds=total(spent.values()).cpu_seconds,
-        notes=past.notes,
+        notes=(*past.notes, *_unlabelled(replays)),
     )
+
+
+def _unlabelled(replays: Sequence[Replayed]) -> tuple[str, ...]:
+    """Say how many batches nobody labelled, for they count for nothing."""
+    served = replays[0].served if replays else ()
+    n = sum(not one.labelled for one in served)
+    if not 0 < n < len(served):
+        return ()
+    words = f"{n} of {len(served)} batches have no label: they count for no accuracy and no regret"
+    return (words,)
 
 
 def prepare(settings: Settings, since: datetime | None = None) -> tuple[Past, Start, Shelf]:
@@ -231,7 +243,7 @@ def prepare(settings: Settings, since: datetime | None = None) -> tuple[Past, St
     past = read_past(settings, since)
     registry = Registry(settings)
     champion = _first_champion(registry, since)
-    shelf = Shelf(settings.root / FOLDER / "steps")
+    shelf = Shelf(_steps_folder(settings))
     start = lay_out(registry, champion, shelf)
     before = past.moments[0] - timedelta(microseconds=1)
     tags = dict(start.tags)
@@ -284,6 +296,18 @@ def find_ideal(
     best = oracle(errors, [first[name] for name in useful], cost)
     served = tuple(answers[useful[v]][place] for place, v in enumerate(best.path))
     return Ideal(best, served, len(useful))
+
+
+def _steps_folder(settings: Settings) -> Path:
+    """Name the folder of what this very code made; what other code made is of no use, and goes."""
+    packages = [Path(__file__).parents[1] / name for name in ("flows", "monitoring", "sft")]
+    sources = sorted(path for folder in packages for path in folder.glob("*.py"))
+    made_by = digest([path.read_text(encoding="utf-8") for path in sources])[:12]
+    parent = settings.root / FOLDER
+    for other in parent.glob("steps-*"):
+        if other.name != f"steps-{made_by}":
+            shutil.rmtree(other, ignore_errors=True)
+    return parent / f"steps-{made_by}"
 
 
 def _first_champion(registry: Registry, since: datetime | None) -> Version:

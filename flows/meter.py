@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
@@ -96,9 +95,10 @@ class Meter:
 
 def _tracker() -> Any | None:
     """Prepare codecarbon's offline tracker, if it is installed: it asks nobody where it runs."""
-    if find_spec("codecarbon") is None:
+    try:
+        from codecarbon import OfflineEmissionsTracker
+    except ImportError:  # not installed, or not all that it needs
         return None
-    from codecarbon import OfflineEmissionsTracker
 
     return OfflineEmissionsTracker(
         # energy is the same in every country; only emissions, which nobody is told, would differ

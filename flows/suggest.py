@@ -12,7 +12,9 @@ from rich.console import Console
 
 from flows.backtest import BacktestError, expand, prepare, replay
 from flows.grid import Grid, Overrides, grid_of
+from flows.past import Past
 from flows.settings import Settings
+from flows.simulated import Shelf, Start
 from monitoring.replay import Replayed
 
 if TYPE_CHECKING:
@@ -69,14 +71,13 @@ def suggest(
         raise BacktestError(
             "--suggest needs --floor: the accuracy that the policy is to stay above"
         )
-    found = search(settings, floor, trials, since)
+    past, start, shelf = prepare(settings, since)
+    found = search(past, start, shelf, floor, trials)
     console.print(found.words(floor), markup=False, soft_wrap=True)
     return grid_of(NAME, found.overrides)
 
 
-def search(
-    settings: Settings, floor: float, trials: int, since: datetime | None = None
-) -> Suggestion:
+def search(past: Past, start: Start, shelf: Shelf, floor: float, trials: int) -> Suggestion:
     """Search for the policy with the least cost whose mean accuracy is at least `floor`.
 
     The cost is CPU seconds, as if the policy ran alone. What a policy would do is known exactly, so
@@ -87,7 +88,7 @@ def search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    past, start, shelf = prepare(settings, since)
+    settings = past.settings
     if len(past.batches) < LEAST:
         raise BacktestError(
             f"{len(past.batches)} batches are too few to search on some and validate with others:"

@@ -132,7 +132,7 @@ def harmless() -> Stream:
     rest, truth = pixels[3000:6000], labels[3000:6000].astype(str)
     bright = realdata.brightness(25)(rest)[:, 0].numpy()
     pools = {"mnist": Pool(rest[:, 0].numpy(), truth), "bright": Pool(bright[::-1], truth[::-1])}
-    order = [{"mnist": 1.0}] * 8 + [{"bright": 1.0}] * 12
+    order = [{"mnist": 1.0}] * 6 + [{"bright": 1.0}] * 10
     return Stream("harmless", "small_cnn", first, pools, tuple(order), 0.1307, 0.3081)
 
 
@@ -147,8 +147,8 @@ def pacs() -> Stream:
     for domain in realdata.DOMAINS:
         pool = realdata.pictures(domain)
         pools[domain] = Pool(_as_pictures(pool.features.embedding, scale), names[pool.labels])
-    order = [{"photo": 1.0}] * 4 + [{"art": 1.0}] * 6 + [{"sketch": 1.0}] * 6
-    order += [{"photo": 1 - share, "sketch": share} for share in np.linspace(0.1, 0.9, 10)]
+    order = [{"photo": 1.0}] * 3 + [{"art": 1.0}] * 6 + [{"sketch": 1.0}] * 6
+    order += [{"photo": 1 - share, "sketch": share} for share in np.linspace(0.1, 0.9, 7)]
     first = Pool(_as_pictures(embedded, scale), names[labels])
     mean, std = first.pictures.mean() / 255, first.pictures.std() / 255
     training = "learning_rate = 0.01"
@@ -181,9 +181,14 @@ def policies() -> list[Grid]:
 
 def make(stream: Stream, root: Path) -> tuple[Shelf, Start, Path]:
     """Write a stream as a feed with labels, and train its champion."""
+    path, shelf = root / "sustain.toml", Shelf(root / "backtest" / "steps")
+    created = BEGIN - HOUR
+    tags = {"digest": "version/start", "verdict": "first", "promoted_at": created.isoformat()}
+    start = Start(1, tags, created)
+    if shelf.path("version/start").exists():  # an earlier run was stopped: it goes on
+        return shelf, start, path
     (root / "feed").mkdir(parents=True)
     (root / "labels").mkdir()
-    path = root / "sustain.toml"
     path.write_text(
         SETTINGS.format(
             name=stream.name, architecture=stream.architecture, training=stream.training
@@ -210,13 +215,10 @@ def make(stream: Stream, root: Path) -> tuple[Shelf, Start, Path]:
     (root / "labels" / "late.csv").write_text(
         "\n".join(["sample_id,label,labelled_at", *dict.fromkeys(rows), ""])
     )
-    shelf = Shelf(root / "backtest" / "steps")
     folder = shelf.path("version/start")
     folder.mkdir(parents=True)
     _champion(stream).write(folder)
-    created = BEGIN - HOUR
-    tags = {"digest": "version/start", "verdict": "first", "promoted_at": created.isoformat()}
-    return shelf, Start(1, tags, created), path
+    return shelf, start, path
 
 
 def run(stream: Stream, root: Path, times: int) -> tuple[Backtest, float]:

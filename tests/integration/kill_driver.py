@@ -504,9 +504,7 @@ def read_book(world: World) -> dict[str, Any]:
             for v in versions
         ],
         "fresh": (
-            make_plan(registry, settings, flows.retrain.datetime.now(flows.retrain.UTC))
-            .fresh.table.to_csv()
-            .splitlines()
+            make_plan(registry, settings, registry.now()).fresh.table.to_csv().splitlines()
             if champion
             else []
         ),
@@ -526,7 +524,7 @@ def _counted(runs: Any) -> dict[str, int]:
 
 def _plain(text: str) -> str:
     """Leave out what differs from run to run: ids of runs, and CPU time."""
-    return re.sub(r"[0-9a-f]{32}|CPU time [\d.]+", "", text)
+    return re.sub(r"[0-9a-f]{32}|CPU time [\d.]+|[\d.]+ CPU s", "", text)
 
 
 def _version(registry: Registry, version: Any) -> dict[str, Any]:
