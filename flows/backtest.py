@@ -1,121 +1,60 @@
-"""`sustain backtest`: replay the feed and its late labels for every policy, before one is trusted.
-
-For each policy a record in memory (`flows.simulated`) goes through the history, moment by moment,
-and `flows.watch.watch_on`, which production runs, decides on what could be seen then. Steps that
-policies agree on are taken once.
-"""
+"""`sustain backtest`: what would each policy have brought? A table, a page, runs, and settings."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
-from multiprocessing import get_context
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from math import isnan
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from prefect import flow
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from flows.check import Look, load_champion, look_once
-from flows.digest import digest
-from flows.feed import Batch, BatchNotReady
-from flows.fresh import Labels
-from flows.grid import Candidate, Grid, grid_of, prepared, read_grid
-from flows.history import champion_at, read_history
-from flows.intake import TooManyBad
-from flows.meter import total
-from flows.past import Past, read_past
-from flows.registry import ROLLBACK, CheckRecord, Registry, RegistryError, Version
-from flows.retrain import RetrainError, train_on
+from flows.grid import read_grid, write_toml
+from flows.history import read_moment
+from flows.past import read_past
+from flows.registry import Registry
+from flows.replay import (
+    FOLDER,
+    MANY,
+    ORACLE_TIMES,
+    Backtest,
+    BacktestError,
+    count_points,
+    expand,
+    foresee,
+    run,
+    usual,
+)
+from flows.replay_page import HEAD, cells, write_page
 from flows.settings import Settings, load_settings
-from flows.simulated import Costs, Shelf, SimulatedRegistry, Start, lay_out
-from flows.watch import watch_on
-from monitoring.features import FeatureTable
-from monitoring.policy import describe
-from monitoring.replay import Oracle, Replayed, Retraining, Served, frontier, oracle
-from sft.tasks import rightly
+from monitoring.replay import Replayed
 
-FOLDER = "backtest"
-"""Below the folder of the settings: what the steps of all replays made, and the page."""
-MANY = 200
-"""Policies that are replayed without asking."""
-ORACLE_TIMES = 24
-"""Times at most at which the oracle may train on what had come by then."""
-
-
-class BacktestError(ValueError):
-    """Nothing can be replayed as asked; the message says why, and the way out."""
+LISTED = 40
+"""Policies in the table of the terminal; the page has all."""
 
 
 @dataclass(frozen=True)
-class Ideal:
-    """What the oracle did: its loss, and how each batch would have been answered.
+class Asked:
+    """What a person asks of `sustain backtest`; see its options."""
 
-    Attributes:
-        found: the path and its loss.
-        served: each batch, as the version of the path answers it.
-        candidates: versions that it could choose from.
-    """
-
-    found: Oracle
-    served: tuple[Served, ...]
-    candidates: int
-
-    @property
-    def accuracy(self) -> float:
-        """Mean accuracy, over pictures."""
-        return Replayed("", "", self.served, (), (), 0, 0, 0.0).accuracy
-
-
-@dataclass(frozen=True)
-class Backtest:
-    """What every policy did, and what the oracle would have done.
-
-    Attributes:
-        replays: in the order of the policies.
-        ideal: None where no label tells who was right.
-        cost: of a retraining, in wrong answers.
-        floor: accuracy under which days are counted; None for none.
-        cpu_seconds: what all replays together took, with what they shared.
-        notes: what could not be replayed or told, in words.
-    """
-
-    replays: tuple[Replayed, ...]
-    ideal: Ideal | None
-    cost: float
-    floor: float | None
-    cpu_seconds: float
-    notes: tuple[str, ...]
-
-    def regret(self, replay: Replayed) -> float | None:
-        """Say by how many wrong answers a policy did worse than the oracle."""
-        return None if self.ideal is None else replay.loss(self.cost) - self.ideal.found.loss
-
-    @property
-    def frontier(self) -> tuple[Replayed, ...]:
-        """The policies that none beats in both accuracy and CPU seconds, cheapest first."""
-        points = [(one.cpu_seconds, one.accuracy) for one in self.replays]
-        return tuple(self.replays[place] for place in frontier(points))
-
-    def choose(self, name: str = "") -> Replayed:
-        """Choose the policy called so; else, on the frontier, one above the floor with least loss.
-
-        Raises:
-            BacktestError: there is none of this name, or no accuracy is known.
-        """
-        if name:
-            found = next((one for one in self.replays if one.name == name), None)
-            if found is None:
-                names = "; ".join(one.name for one in self.replays)
-                raise BacktestError(f"no policy is called {name!r}; there are: {names}")
-            return found
-        if not self.frontier:
-            raise BacktestError("without labels no policy can be chosen: name one with --choose")
-        above = [p for p in self.frontier if self.floor is None or p.accuracy >= self.floor]
-        return min(above or self.frontier, key=lambda p: (p.loss(self.cost), len(p.retrainings)))
+    policies: tuple[Path, ...] = ()
+    since: str | None = None
+    jobs: int = 1
+    floor: float | None = None
+    cost: float = 20.0
+    page: Path | None = None
+    emit: Path | None = None
+    choose: str = ""
+    suggest: bool = False
+    trials: int = 30
+    oracle_times: int = ORACLE_TIMES
+    yes: bool = False
 
 
 @flow(name="backtest")
@@ -125,8 +64,9 @@ def backtest(
     since: datetime | None = None,
     cost: float = 20.0,
     floor: float | None = None,
+    times: int = ORACLE_TIMES,
 ) -> list[str]:
-    """Replay policies, and put them on record; a sentence a policy comes back.
+    """Replay policies and put them on record; return a sentence about each.
 
     Args:
         settings_path: the model's TOML file.
@@ -134,318 +74,175 @@ def backtest(
         since: replay from then on, with the champion of then.
         cost: of a retraining, in wrong answers.
         floor: accuracy under which days are counted.
+        times: moments at most at which the oracle trains by itself.
     """
     settings = load_settings(Path(settings_path))
     grids = [read_grid(Path(path)) for path in policies] or usual()
-    found = run(settings, list(expand(settings, grids)), since=since, cost=cost, floor=floor)
+    found = run(
+        settings, list(expand(settings, grids)), since=since, cost=cost, floor=floor, times=times
+    )
+    chosen = found.choose() if found.frontier else None
+    record(Registry(settings), found, lay_page(settings, found, chosen), chosen)
     return [f"{one.name}: accuracy {one.accuracy:.3f}" for one in found.replays]
 
 
-def usual() -> list[Grid]:
-    """Give the policies to compare when none is named: the settings' own, never and always."""
-    never, always = ({"policy": {"retrain_when": sign}} for sign in ("never", "always"))
-    return [grid_of("as set", {}), grid_of("never", never), grid_of("always", always)]
+def tell(settings: Settings, asked: Asked, console: Console) -> Backtest | None:
+    """Replay what is asked for and tell of it; None when only the cost of it was told.
 
-
-def expand(settings: Settings, grids: Iterable[Grid]) -> Iterator[Candidate]:
-    """Make the policies of some grids, each once."""
-    seen = set()
-    for grid in grids:
-        for candidate in grid.candidates(prepared(settings)):
-            if candidate.name not in seen:
-                seen.add(candidate.name)
-                yield candidate
-
-
-def count_points(grids: Sequence[Grid]) -> int:
-    """Count the policies of some grids."""
-    return sum(grid.points for grid in grids)
-
-
-def foresee(registry: Registry, past: Past, points: int) -> str:
-    """Say what a grid may cost, from what trainings took so far."""
-    took = [registry.training_seconds(v) for v in registry.versions()]
-    known = [seconds for seconds in took if seconds is not None]
-    one = max(known[1:] or known or [60.0])
-    batches = len(past.batches)
-    decided, most = points * len(past.moments) * DECIDING_SECONDS, points * batches * one
-    return (
-        f"{points:,} policies over {batches} batches: at least {decided / 3600:.1f} hours to decide"
-        f" ({DECIDING_SECONDS:g} s a policy and moment), and a training of about {one:.0f} s for"
-        f" each distinct version, of which there may be {points * batches:,} at most"
-        f" ({most / 3600:,.0f} hours)"
-    )
-
-
-DECIDING_SECONDS = 0.03
-"""Of a CPU, for what a policy does at one moment when all steps were taken by others before."""
-
-
-def run(
-    settings: Settings,
-    candidates: Sequence[Candidate],
-    *,
-    since: datetime | None = None,
-    batches: int | None = None,
-    cost: float = 20.0,
-    floor: float | None = None,
-    jobs: int = 1,
-    ideal: bool = True,
-) -> Backtest:
-    """Replay policies on the history of a model.
-
-    Args:
-        settings: of the model.
-        candidates: the policies.
-        since: replay from then on, with the champion of then.
-        batches: only so many, the oldest.
-        cost: of a retraining, in wrong answers.
-        floor: accuracy under which days are counted.
-        jobs: processes.
-        ideal: whether to ask the oracle, which trains too.
+    Raises:
+        BacktestError: it cannot be done as asked.
     """
-    past, start, shelf = prepare(settings, since)
-    if batches is not None:
-        past = past.first(batches)
-    if jobs > 1:
-        context = get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            tasks = [pool.submit(_alone, past, start, shelf.folder, one) for one in candidates]
-            done = [task.result() for task in tasks]
-    else:
-        done = [replay(past, start, shelf, one) for one in candidates]
-    replays = tuple(found for found, _ in done)
-    spent = {name: cost for _, costs in done for name, cost in costs.items()}
-    labelled = any(one.labelled for found in replays for one in found.served)
-    return Backtest(
-        replays=replays,
-        ideal=find_ideal(past, start, shelf, replays, cost) if labelled and ideal else None,
-        cost=cost,
-        floor=floor,
-        cpu_seconds=total(spent.values()).cpu_seconds,
-        notes=(*past.notes, *_unlabelled(replays)),
-    )
-
-
-def _unlabelled(replays: Sequence[Replayed]) -> tuple[str, ...]:
-    """Say how many batches nobody labelled, for they count for nothing."""
-    served = replays[0].served if replays else ()
-    n = sum(not one.labelled for one in served)
-    if not 0 < n < len(served):
-        return ()
-    words = f"{n} of {len(served)} batches have no label: they count for no accuracy and no regret"
-    return (words,)
-
-
-def prepare(settings: Settings, since: datetime | None = None) -> tuple[Past, Start, Shelf]:
-    """Read the history, and lay the champion that it begins with on the shelf."""
-    settings = prepared(settings)
-    past = read_past(settings, since)
+    since = None if asked.since is None else read_moment(asked.since)
+    if asked.emit is not None and asked.emit.resolve().parent != settings.root:
+        raise BacktestError(
+            f"--emit {asked.emit}: relative paths in settings start at their folder, so write them"
+            f" into {settings.root}"
+        )
+    grids = [read_grid(path) for path in asked.policies] or usual()
     registry = Registry(settings)
-    champion = _first_champion(registry, since)
-    shelf = Shelf(_steps_folder(settings))
-    start = lay_out(registry, champion, shelf)
-    before = past.moments[0] - timedelta(microseconds=1)
-    tags = dict(start.tags)
-    if since is None and start.created > before:  # adopted later than the feed began
-        tags |= {"promoted_at": before.isoformat(timespec="microseconds")}
-    return past, replace(start, created=min(start.created, before), tags=tags), shelf
+    if asked.suggest:
+        from flows.suggest import suggest
 
-
-def replay(past: Past, start: Start, shelf: Shelf, candidate: Candidate) -> tuple[Replayed, Costs]:
-    """Let one policy go through the history; tell what it did, and what each of its steps cost."""
-    # a shelf of its own, on the same files: what others took later is not even in memory
-    registry = SimulatedRegistry(candidate.settings, Shelf(shelf.folder), start)
-    serving: dict[str, Version] = {}
-    for moment in past.moments:
-        registry.move_to(moment, past.at(moment))
-        for batch in registry.view.batches():
-            serving.setdefault(batch.id, registry.champion())
-        watch_on(registry)
-    return _sum_up(past, registry, start, candidate, serving), registry.spent
-
-
-def find_ideal(
-    past: Past,
-    start: Start,
-    shelf: Shelf,
-    replays: Sequence[Replayed],
-    cost: float,
-    times: int = ORACLE_TIMES,
-) -> Ideal | None:
-    """Ask the oracle: of all versions that could have been had, which should have served when?
-
-    These are the versions that any policy made, each from the moment at which it was first made,
-    and, at some `times` moments, the default fine-tuning of the first champion on all labels that
-    had come by then. So of chains of fine-tunings only those that a policy made are thought of.
-    """
-    ready = {start.tags["digest"]: past.moments[0] - timedelta(microseconds=1)}
-    for one in replays:
-        for made in one.retrainings:
-            ready[made.version] = min(made.at, ready.get(made.version, made.at))
-    every = max(1, len(past.moments) // times)
-    for moment in past.moments[::every]:
-        name = _train_alone(past, start, shelf, moment)
-        if name is not None:
-            ready[name] = min(moment, ready.get(name, moment))
-    arrived = [batch.arrived or moment for batch in past.batches]
-    first = {name: sum(at <= when for at in arrived) for name, when in ready.items()}
-    useful = [name for name, place in first.items() if place < len(arrived)]
-    answers = {name: _answers(past, start, shelf, name, first[name]) for name in useful}
-    errors = np.array([[one.errors for one in answers[name]] for name in useful])
-    best = oracle(errors, [first[name] for name in useful], cost)
-    served = tuple(answers[useful[v]][place] for place, v in enumerate(best.path))
-    return Ideal(best, served, len(useful))
-
-
-def _steps_folder(settings: Settings) -> Path:
-    """Name the folder of what this very code made; what other code made is of no use, and goes."""
-    packages = [Path(__file__).parents[1] / name for name in ("flows", "monitoring", "sft")]
-    sources = sorted(path for folder in packages for path in folder.glob("*.py"))
-    made_by = digest([path.read_text(encoding="utf-8") for path in sources])[:12]
-    parent = settings.root / FOLDER
-    for other in parent.glob("steps-*"):
-        if other.name != f"steps-{made_by}":
-            shutil.rmtree(other, ignore_errors=True)
-    return parent / f"steps-{made_by}"
-
-
-def _first_champion(registry: Registry, since: datetime | None) -> Version:
-    versions = registry.versions()
-    if not versions:
-        return registry.champion()  # says what to do
-    if since is None:
-        return versions[0]
-    tenure = champion_at(read_history(registry), since)
-    if tenure is None:
-        raise BacktestError(f"nobody was champion at {since:%Y-%m-%d %H:%M} UTC: leave --since out")
-    try:
-        return registry.version(tenure.version)
-    except RegistryError as error:
-        raise BacktestError(f"{error}: it was champion then; name another --since") from error
-
-
-def _alone(past: Past, start: Start, folder: Path, candidate: Candidate) -> tuple[Replayed, Costs]:
-    """Replay in a process of its own."""
-    return replay(past, start, Shelf(folder), candidate)
-
-
-def _truth(past: Past, registry: SimulatedRegistry, version: Version) -> Labels:
-    """Gather all labels, as known at the end."""
-    config = registry.config(version)
-    end = past.at(past.moments[-1])
-    everything = replace(end, late=past.late)
-    return everything.labels(list(past.batches), config.classes, config.task)
-
-
-def _sum_up(
-    past: Past,
-    registry: SimulatedRegistry,
-    start: Start,
-    candidate: Candidate,
-    serving: dict[str, Version],
-) -> Replayed:
-    versions = registry.versions()
-    made = [version for version in versions if version.number != start.number]
-    checks = {v.number: {c.key.batch_id: c for c in registry.checks(v.number)} for v in versions}
-    truth = _truth(past, registry, versions[0])
-    served = []
-    for batch in past.batches:
-        version = serving[batch.id]
-        record = checks[version.number].get(batch.id)
-        seen = record is not None and record.metrics.get("batch.samples")
-        features = registry.features(record) if record is not None and seen else None
-        served.append(_served(registry, version, batch, features, truth, record))
-    learned = [set(registry.learned(version)["sample_id"]) for version in (versions[0], *made)]
-    every = [record for of in checks.values() for record in of.values()]
-    cost = total(registry.spent.values())
-    return Replayed(
-        name=candidate.name,
-        said=describe(candidate.settings.policy),
-        served=tuple(served),
-        retrainings=tuple(_retraining(registry, version) for version in made),
-        rollbacks=tuple(datetime.fromisoformat(m.at) for m in registry.moves() if m.by == ROLLBACK),
-        labels_used=len(set().union(*learned) - learned[0]),
-        suppressed=sum(bool(record.tags.get("sustain.suppressed")) for record in every),
-        cpu_seconds=cost.cpu_seconds,
-        gpu_seconds=cost.gpu_seconds,
-        energy_wh=cost.energy_wh,
-        overrides=candidate.overrides,
-    )
-
-
-def _served(
-    registry: SimulatedRegistry,
-    version: Version,
-    batch: Batch,
-    features: FeatureTable | None,
-    truth: Labels,
-    record: CheckRecord | None = None,
-) -> Served:
-    """Tell how a version answered a batch; nothing is known of one that could not be read."""
-    labelled = right = 0
-    if features is not None:
-        config, known = registry.config(version), truth.of_batch(batch.id)
-        rows = [i for i, name in enumerate(features.sample_ids) if name in known]
-        labelled = len(rows)
-        if rows:
-            texts = [known[features.sample_ids[i]] for i in rows]
-            answers = features.probabilities[rows]
-            right = int(rightly(config.task, answers, texts, config.classes).sum())
-    metrics = {} if record is None else record.metrics
-    value, needed = metrics.get("drift.stream", 0.0), metrics.get("drift.stream_threshold", 1.0)
-    return Served(
-        batch_id=batch.id,
-        at=batch.arrived or registry.now(),
-        version=version.tags["digest"],
-        number=version.number,
-        samples=0 if features is None else len(features),
-        labelled=labelled,
-        right=right,
-        alarm=record is not None and record.alarm,
-        evidence=value / needed,
-    )
-
-
-def _retraining(registry: SimulatedRegistry, version: Version) -> Retraining:
-    parent = registry.version(version.parent or 0)
-    new = set(registry.learned(version)["sample_id"]) - set(registry.learned(parent)["sample_id"])
-    check = registry.check_record(version.tags["cause_check"])
-    return Retraining(
-        at=version.created,
-        batch_id=check.key.batch_id,
-        number=version.number,
-        version=version.tags["digest"],
-        reason=check.reason,
-        outcome=version.tags.get("verdict_reason", ""),
-        promoted="promoted_at" in version.tags,
-        labels=len(new),
-    )
-
-
-def _train_alone(past: Past, start: Start, shelf: Shelf, moment: datetime) -> str | None:
-    """Fine-tune the first champion on all that had come; None where that is not enough."""
-    registry = SimulatedRegistry(past.settings, shelf, start)
-    registry.move_to(moment, past.at(moment))
-    try:
-        return train_on(registry, "the oracle")[0].tags["digest"]
-    except RetrainError:
+        grids = [suggest(settings, asked.floor, asked.trials, since, console), *usual()]
+    points = count_points(grids)
+    if points > MANY and not asked.yes:
+        console.print(foresee(registry, read_past(settings, since), points), markup=False)
+        console.print("with --yes it is done", markup=False)
         return None
+    found = run(
+        settings,
+        list(expand(settings, grids)),
+        since=since,
+        cost=asked.cost,
+        floor=asked.floor,
+        jobs=asked.jobs,
+        times=asked.oracle_times,
+    )
+    chosen = found.choose(asked.choose) if asked.choose or found.frontier else None
+    console.print(table(found, chosen))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    page = lay_page(settings, found, chosen, asked.page)
+    record(registry, found, page, chosen)
+    console.print(f"the page: {page}; MLflow: the experiment sustain/{registry.name}/backtest")
+    if asked.emit is not None:
+        emit(settings, found, found.choose(asked.choose), asked.emit)
+        console.print(f"wrote {asked.emit}: {found.choose(asked.choose).said}", markup=False)
+    return found
 
 
-def _answers(past: Past, start: Start, shelf: Shelf, name: str, first: int) -> tuple[Served, ...]:
-    """Let one version answer every batch from the first that it could serve."""
-    alone = replace(start, tags={**start.tags, "digest": name})
-    registry = SimulatedRegistry(past.settings, shelf, alone)
-    registry.move_to(past.moments[-1], past.at(past.moments[-1]))
-    version = registry.champion()
-    truth = _truth(past, registry, version)
-    against = load_champion(registry, version)
-    found = []
-    for place, batch in enumerate(past.batches):
-        features = None
-        if place >= first:
-            with suppress(BatchNotReady, TooManyBad):
-                features = look_once(registry, Look(past.settings, against, batch))
-        found.append(_served(registry, version, batch, features, truth))
-    return tuple(found)
+def lay_page(
+    settings: Settings, found: Backtest, chosen: Replayed | None, page: Path | None = None
+) -> Path:
+    """Write the page, by default beside the steps of the replay; return where it is."""
+    page = page or settings.root / FOLDER / "backtest.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(write_page(found, settings.model.name, chosen), encoding="utf-8")
+    return page
+
+
+def table(found: Backtest, chosen: Replayed | None) -> Table:
+    """Lay the policies out; the chosen one stands out."""
+    told = Table(title="what each policy would have brought", title_justify="left")
+    for column in HEAD:
+        told.add_column(
+            f"{column} {found.floor:g}" if column == "days below" and found.floor else column,
+            justify="left" if column == "policy" else "right",
+        )
+    for one in found.replays[:LISTED]:
+        told.add_row(*map(Text, cells(found, one)), style="bold green" if one is chosen else "")
+    if found.ideal is not None:
+        ideal = found.ideal
+        told.add_row(
+            "oracle", f"{ideal.accuracy:.3f}", str(ideal.found.retrainings), *[""] * 5, "0",
+            style="dim",
+        )  # fmt: skip
+    return told
+
+
+def record(registry: Registry, found: Backtest, page: Path, chosen: Replayed | None) -> None:
+    """Put a replay on record: a run with the page, and below it one a policy."""
+    first, last = found.replays[0].served[0], found.replays[0].served[-1]
+    name = f"replay of {first.at:%Y-%m-%d} to {last.at:%Y-%m-%d}"
+    parent = registry.log_replay(name, {"policies": float(len(found.replays))}, (), {}, page)
+    for one in found.replays:
+        regret = found.regret(one)
+        metrics = {
+            "accuracy": one.accuracy,
+            "retrainings": float(len(one.retrainings)),
+            "rollbacks": float(len(one.rollbacks)),
+            "labels_used": float(one.labels_used),
+            "suppressed": float(one.suppressed),
+            "cost.cpu_seconds": one.cpu_seconds,
+            "cost.gpu_seconds": one.gpu_seconds,
+        }
+        metrics |= {} if one.energy_wh is None else {"cost.energy_wh": one.energy_wh}
+        metrics |= {} if regret is None else {"regret": regret}
+        metrics |= {} if found.floor is None else {"days_below": one.days_below(found.floor)}
+        tags = {
+            "mlflow.parentRunId": parent,
+            "sustain.said": one.said,
+            "sustain.chosen": str(one is chosen).lower(),
+            "mlflow.note.content": "\n\n".join(
+                [one.said, *(f"{m.at:%Y-%m-%d %H:%M}: {m.reason}" for m in one.retrainings)]
+            )[:4000],
+            **{
+                f"sustain.set.{section}.{key}": str(value)
+                for section, values in one.overrides.items()
+                for key, value in values.items()
+            },
+        }
+        curve = [served.accuracy for served in one.served]
+        registry.log_replay(one.name, metrics, curve, tags)
+
+
+def emit(settings: Settings, found: Backtest, chosen: Replayed, path: Path) -> None:
+    """Write the settings of a policy, ready to deploy, with the evidence as comments."""
+    raw: dict[str, dict[str, Any]] = tomllib.loads(settings.path.read_text(encoding="utf-8"))
+    for section, values in chosen.overrides.items():
+        raw[section] = {**raw.get(section, {}), **values}
+    path.write_text(write_toml(raw, evidence(found, chosen, settings.path.name)), encoding="utf-8")
+
+
+def evidence(found: Backtest, chosen: Replayed, file: str) -> str:
+    """Say what speaks for a policy."""
+    first, last = chosen.served[0], chosen.served[-1]
+    lines = [
+        (
+            f"{file} with the policy “{chosen.name}”, written by `sustain backtest`"
+            f" on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+        ),
+        f"{chosen.said}",
+        "",
+        (
+            f"Replayed on {len(chosen.served)} batches, {first.at:%Y-%m-%d %H:%M} to"
+            f" {last.at:%Y-%m-%d %H:%M} UTC, it would have brought:"
+        ),
+        *(f"  {figure}: {value}" for figure, value in _figures(found, chosen).items()),
+        "",
+        "beside:",
+    ]
+    for one in (other for other in found.replays[:LISTED] if other is not chosen):
+        told = ", ".join(f"{figure} {value}" for figure, value in _figures(found, one).items())
+        lines.append(f"  {one.name}: {told}")
+    if found.ideal is not None:
+        ideal = found.ideal
+        lines.append(
+            f"  the oracle, which knows the future: mean accuracy {ideal.accuracy:.3f},"
+            f" {ideal.found.retrainings} retrainings"
+        )
+    lines += ["", "Its retrainings:"] if chosen.retrainings else []
+    lines += [
+        f"  {made.at:%Y-%m-%d %H:%M} at {made.batch_id}:"
+        f" {'promoted' if made.promoted else 'not promoted'}. {made.reason}"
+        for made in chosen.retrainings
+    ]
+    return "\n".join(line.replace("\n", " ") for line in lines)
+
+
+def _figures(found: Backtest, one: Replayed) -> Mapping[str, str]:
+    return {
+        column: cell
+        for column, cell in zip(HEAD[1:], cells(found, one)[1:], strict=True)
+        if cell and not (column == "mean accuracy" and isnan(one.accuracy))
+    }

@@ -300,6 +300,12 @@ def prune(settings_file: Path, *, dry_run: bool) -> None:
 @click.option("--choose", default="", help="The policy to emit; else the best on the frontier.")
 @click.option("--suggest", is_flag=True, help="Search thresholds for the cheapest above --floor.")
 @click.option("--trials", default=30, show_default=True, help="Policies that --suggest may try.")
+@click.option(
+    "--oracle-times",
+    default=8,
+    show_default=True,
+    help="Moments at most at which the oracle trains by itself.",
+)
 @click.option("--yes", is_flag=True, help="Replay a large grid without being told its cost first.")
 @told_plainly
 def backtest(
@@ -313,13 +319,14 @@ def backtest(
     emit: Path | None,
     choose: str,
     trials: int,
+    oracle_times: int,
     *,
     suggest: bool,
     yes: bool,
 ) -> None:
     """Replay policies on the feed's own history: what would each have brought, and cost?"""
     settings = _begin(settings_file, needs_prefect=False)
-    from flows.backtest_report import Asked, tell
+    from flows.backtest import Asked, tell
 
     asked = Asked(
         policies=policies,
@@ -332,6 +339,7 @@ def backtest(
         choose=choose,
         suggest=suggest,
         trials=trials,
+        oracle_times=oracle_times,
         yes=yes,
     )
     tell(settings, asked, console)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from flows.backtest import BacktestError, expand, prepare, replay
 from flows.grid import Grid, Overrides, grid_of
 from flows.past import Past
+from flows.replay import BacktestError, expand, prepare, replay
 from flows.settings import Settings
 from flows.simulated import Shelf, Start
 from monitoring.replay import Replayed

@@ -91,8 +91,8 @@ def write_batch(folder: Path, digits: Digits, at: datetime) -> list[str]:
 
 def make_start(settings: Settings, digits: Digits) -> tuple[Shelf, Start]:
     """Train a champion on digits and lay it on a shelf."""
-    from flows.backtest import FOLDER
     from flows.package import Lineage, Package, build_reference
+    from flows.replay import FOLDER
     from flows.simulated import Shelf, Start
     from sft.dataset import role_of
     from sft.memory import remember
@@ -155,8 +155,8 @@ def _pictures(digits: Digits) -> LabelledPictures:
 
 def replayed(story: Story, **policies: object) -> dict[str, object]:
     """Replay policies by their `retrain_when`; return what each did, by name."""
-    from flows.backtest import expand, replay
     from flows.grid import grid_of
+    from flows.replay import expand, replay
 
     grids = [grid_of(name, {"policy": {"retrain_when": when}}) for name, when in policies.items()]
     past = story.past

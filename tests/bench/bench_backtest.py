@@ -36,12 +36,12 @@ from PIL import Image
 from results import FOLDER, Figure, put_into_readme, write
 from torch import nn
 
-from flows.backtest import Backtest, expand, find_ideal, replay
-from flows.backtest_page import write_page
 from flows.grid import Grid, grid_of, prepared
 from flows.meter import total
 from flows.package import Lineage, Package, build_reference
 from flows.past import read_past
+from flows.replay import Backtest, expand, find_ideal, replay
+from flows.replay_page import write_page
 from flows.settings import load_settings
 from flows.simulated import Costs, Shelf, Start
 from monitoring.replay import Replayed

@@ -34,7 +34,11 @@ def dated(folder: Path, at: datetime) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> World:
     """Give a model with a day's history in its feed: six batches, labels after the third."""
     del prefect_server  # only has to be there
-    world = make_world(tmp_path_factory.mktemp("world") / "replayed", "replayed")
+    world = make_world(
+        tmp_path_factory.mktemp("world") / "replayed",
+        "replayed",
+        change=("epochs = 40", "epochs = 20"),
+    )
     feed, labels = world.path.parent / "feed", world.path.parent / "labels"
     begin = datetime.now(UTC) - 20 * HOUR
     world.arrive(0, 1, 2, labelled=True)
@@ -63,7 +67,7 @@ def test_a_grid_of_ten_thousand_says_what_it_would_cost(world: World, tmp_path: 
 
 def test_the_flow_replays_too(world: World) -> None:
     """Deployed, it gives a sentence a policy."""
-    told = flow(str(world.path), [str(world.path.parent / "try.toml")])
+    told = flow(str(world.path), [str(world.path.parent / "try.toml")], times=0)
     assert [one.split(": accuracy")[0] for one in told] == [
         "try: min_drop=0.05",
         "try: min_drop=0.5",
@@ -75,7 +79,9 @@ def test_an_emitted_policy_behaves_as_replayed(world: World) -> None:
     root = world.path.parent
     command = ["backtest", "-s", str(world.path), "--policy", str(root / "try.toml")]
     asked = [*command, "--emit", str(root / "best.toml"), "--choose", "try: min_drop=0.05"]
-    done = CliRunner().invoke(main, [*asked, "--floor", "0.6"], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(
+        main, [*asked, "--floor", "0.6", "--oracle-times", "0"], env={"COLUMNS": "200"}
+    )
     assert done.exit_code == 0, done.output
     assert "try: min_drop=0.5" in done.output
     registry = Registry(load_settings(root / "best.toml", environ={}))

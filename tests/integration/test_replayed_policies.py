@@ -12,13 +12,13 @@ from types import ModuleType
 import pytest
 from histories import BEGIN, HOUR, Story, make_story, replayed
 
-from flows.backtest import Backtest, expand, find_ideal
-from flows.backtest_page import write_page
-from flows.backtest_report import emit
+from flows.backtest import emit
 from flows.check import check
 from flows.grid import grid_of, read_grid
 from flows.meter import total
 from flows.past import PastError, read_past
+from flows.replay import Backtest, expand, find_ideal
+from flows.replay_page import write_page
 from flows.settings import SettingsError, load_settings
 from flows.simulated import SimulatedRegistry
 
@@ -104,7 +104,7 @@ def test_what_decides_holds_nothing_of_the_future(
 
 
 def _one(story: Story, past: object) -> None:
-    from flows.backtest import replay
+    from flows.replay import replay
 
     [candidate] = expand(story.settings, [grid_of("x", {"policy": {"retrain_when": "always"}})])
     replay(past, story.start, story.shelf, candidate)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from histories import Story, make_story
 
-from flows.backtest import BacktestError
+from flows.replay import BacktestError
 from flows.suggest import search
 
 pytest.importorskip("optuna")

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import plotly.io
 from plotly.subplots import make_subplots
 
-from flows.backtest import Backtest
+from flows.replay import Backtest
 from monitoring.replay import Replayed, Served
 
 SHOWN = 8
