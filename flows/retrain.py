@@ -212,7 +212,7 @@ def make_challenger(
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
 
     def fine_tune() -> Network:
-        with Meter() as meter:
+        with Meter(energy=registry.live) as meter:
             tuned = tune(
                 network,
                 champion_network,
