@@ -6,18 +6,22 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
-.PHONY: demo test test-fast lint format bench bench-backtest bench-cli bench-gate bench-monitoring bench-month \
-	bench-sft clean
+.PHONY: demo test test-fast test-nightly lint format bench bench-backtest bench-cli bench-gate \
+	bench-monitoring bench-month bench-sft clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
 
-test: $(INSTALLED)  ## all tests, with real Prefect and MLflow servers
-	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
-	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e
+test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow servers
+	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not nightly" tests/integration tests/e2e
+
+test-nightly: $(INSTALLED)  ## the long ones
+	$(BIN)/pytest -m nightly
+	KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
-	$(BIN)/pytest --numprocesses 2 tests/unit tests/contracts
+	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
 
 lint: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -625,7 +625,8 @@ def _call_factory(name: str, outputs: int, allowed: Collection[str]) -> nn.Modul
     if name not in allowed:
         raise ModelError(
             f"the model asks for the factory {name}, which is not allowed: only the settings can"
-            f' allow it, with architecture = "{name}" under [model]'
+            f' allow it, with architecture = "{name}" under [model], or a process that serves it'
+            f" with SUSTAIN_MODEL_ARCHITECTURE={name} in its environment"
         )
     module_name, _, function_name = name.partition(":")
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from torch import Tensor
 from sft import models
 from sft.models import Network
 from sft.pictures import BadPicture, decode, encode_png
+
+ALLOWED = "SUSTAIN_MODEL_ARCHITECTURE"
+"""The environment variable that sets `architecture` of the settings, too."""
 
 
 class Classifier:
@@ -79,12 +83,14 @@ class Classifier:
 
 
 def _load_pyfunc(data_path: str, model_config: Mapping[str, Any] | None = None) -> Classifier:
-    """Load for `mlflow.pyfunc.load_model`.
+    """Load for `mlflow.pyfunc.load_model` and `mlflow models serve`.
 
-    A model on a factory of the user's own needs
-    `model_config={"architecture": "package.module:f"}`: the caller allows it, never the files.
+    A model on a factory of the user's own needs `SUSTAIN_MODEL_ARCHITECTURE=package.module:f` in
+    the environment: the process that serves allows it, never the files. MLflow reads
+    `model_config` from the files, so it is not used.
     """
-    allowed = (model_config or {}).get("architecture")
+    del model_config
+    allowed = os.environ.get(ALLOWED)
     network = models.load(Path(data_path), allowed_factories=[allowed] if allowed else [])
     return Classifier(network)
 

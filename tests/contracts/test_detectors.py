@@ -52,7 +52,12 @@ def regime(features: FeatureTable) -> Regime:
 @pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize(
     ("n", "m", "heavy"),
-    [(100, 60, False), (100, 2, True), (10, 10, False), (1002, 30, False)],
+    [
+        (100, 60, False),
+        (100, 2, True),
+        pytest.param(10, 10, False, marks=pytest.mark.nightly),
+        pytest.param(1002, 30, False, marks=pytest.mark.nightly),
+    ],
 )
 def test_rings_no_more_often_than_stated(
     detector: DriftDetector, n: int, m: int, heavy: bool

@@ -24,7 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -48,6 +48,7 @@ import flows.registry
 import flows.retrain
 import monitoring.report
 import sft.after
+from flows.history import read_history
 from flows.promote import promote
 from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.rollback import rollback
@@ -483,7 +484,9 @@ def read_book(world: World) -> dict[str, Any]:
         "model tags": {
             k: v for k, v in registry._model_tags().items() if not k.startswith(flows.registry.MOVE)
         },
-        "moves": [{**asdict(move), "at": "", "why": _plain(move.why)} for move in registry.moves()],
+        "history": [
+            [t.version, t.before, t.by, _plain(t.why), t.seen] for t in read_history(registry)
+        ],
         "checks": [
             [
                 *(c.key.champion, c.key.batch_id, c.key.digest, c.finished, c.action, c.reason),

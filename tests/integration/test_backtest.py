@@ -74,6 +74,7 @@ def test_the_flow_replays_too(world: World) -> None:
     ]
 
 
+@pytest.mark.nightly
 def test_an_emitted_policy_behaves_as_replayed(world: World) -> None:
     """The command replays, emits; live flows with its settings retrain at the same batch."""
     root = world.path.parent

@@ -25,8 +25,10 @@ def answers_as_made(world: World, patch: pytest.MonkeyPatch) -> None:
     champion = registry.champion()
     network, memory = registry.network(champion), registry.memory(champion)
     patch.setenv("MLFLOW_TRACKING_URI", registry.uri)
-    allowed = {"architecture": network.config.architecture}  # a factory is allowed by its caller
-    served = mlflow.pyfunc.load_model(f"models:/{registry.name}@champion", model_config=allowed)
+    # a factory is allowed by the process that serves
+    patch.setenv("SUSTAIN_MODEL_ARCHITECTURE", network.config.architecture)
+    served = mlflow.pyfunc.load_model(f"models:/{registry.name}@champion")
+    patch.delenv("SUSTAIN_MODEL_ARCHITECTURE")
     for regime in registry.reference(champion).regimes:
         then = regime.features
         known = memory.pixels(then.sample_ids, network.config.preprocessing)

@@ -19,6 +19,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     return make_story(tmp_path_factory.mktemp("story"), kinds, labels=lambda _: True)
 
 
+@pytest.mark.nightly
 def test_the_cheapest_policy_is_found_and_validated_on_what_came_later(story: Story) -> None:
     """The earlier part is quiet and nothing is trained; how the later one went is told apart."""
     found = search(story.past, story.start, story.shelf, 0.5, 3)
@@ -30,6 +31,7 @@ def test_the_cheapest_policy_is_found_and_validated_on_what_came_later(story: St
     assert ("did NOT hold" in found.words(0.99)) == (found.later.accuracy < 0.99)
 
 
+@pytest.mark.nightly
 def test_what_cannot_be_reached_is_said(story: Story) -> None:
     """No policy is always right, and the message has the best."""
     with pytest.raises(BacktestError, match="none of 2 policies stays above 1: the best reaches 0"):

@@ -359,8 +359,15 @@ def test_statistics_that_both_have_are_compared(columns: list[str]) -> None:
     assert not any("height" in word or "width" in word for word in words)
 
 
-@pytest.mark.parametrize("m", [50, 400])
-@pytest.mark.parametrize("old_share", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("old_share", "m"),
+    [
+        (1.0, 50),
+        pytest.param(1.0, 400, marks=pytest.mark.nightly),
+        pytest.param(0.5, 50, marks=pytest.mark.nightly),
+        (0.5, 400),
+    ],
+)
 def test_the_same_world_twice_stays_at_alpha(m: int, old_share: float) -> None:
     """A second regime of the same world, or half of it, makes no batch of known worlds ring."""
     rng, rings = np.random.default_rng(m), {"old": 0, "new": 0, "both": 0}
@@ -383,7 +390,7 @@ def test_the_same_world_twice_stays_at_alpha(m: int, old_share: float) -> None:
     assert max(rings.values()) <= stats.binom.ppf(0.999, 12, 0.05)
 
 
-@pytest.mark.parametrize("few", [1, 3, 10])
+@pytest.mark.parametrize("few", [1, pytest.param(3, marks=pytest.mark.nightly), 10])
 def test_a_few_rows_of_another_known_world_are_quiet(few: int) -> None:
     """A handful of sketches among fifty pictures is known, whichever way it is tested."""
     rng, rings = np.random.default_rng(few), 0

@@ -133,15 +133,21 @@ def test_a_saved_network_is_served_as_it_was(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(served, Classifier(network()).predict(PICTURES))
 
 
-def test_serving_calls_no_factory_that_the_caller_did_not_name(tmp_path: Path) -> None:
-    """The files of a model cannot allow its own code; the model_config of the caller can."""
+def test_serving_calls_no_factory_that_the_process_did_not_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a model's files nor MLflow's can allow their own code; the environment can."""
     save(network(), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace("small_cnn", "antigravity:fly"))
     with pytest.raises(ModelError, match="antigravity:fly, which is not allowed"):
         _load_pyfunc(str(tmp_path))
     with pytest.raises(ModelError, match="antigravity:fly, which is not allowed"):
-        _load_pyfunc(str(tmp_path), {"architecture": "another:one"})
+        _load_pyfunc(str(tmp_path), {"architecture": "antigravity:fly"})
+    monkeypatch.setenv("SUSTAIN_MODEL_ARCHITECTURE", "another:one")
+    with pytest.raises(ModelError, match="antigravity:fly, which is not allowed"):
+        _load_pyfunc(str(tmp_path))
     path.write_text(path.read_text().replace("antigravity:fly", "no_such_package:fly"))
+    monkeypatch.setenv("SUSTAIN_MODEL_ARCHITECTURE", "no_such_package:fly")
     with pytest.raises(ModelError, match="no_such_package:fly cannot be imported"):
-        _load_pyfunc(str(tmp_path), {"architecture": "no_such_package:fly"})
+        _load_pyfunc(str(tmp_path))
