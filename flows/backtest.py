@@ -31,7 +31,7 @@ from flows.replay import (
     run,
     usual,
 )
-from flows.replay_page import HEAD, cells, write_page
+from flows.replay_page import HEAD, cells, columns, write_page
 from flows.settings import Settings, load_settings
 from monitoring.replay import Replayed
 
@@ -143,20 +143,20 @@ def lay_page(
 
 def table(found: Backtest, chosen: Replayed | None) -> Table:
     """Lay the policies out; the chosen one stands out."""
+    head, rows = columns(found)
     told = Table(title="what each policy would have brought", title_justify="left")
-    for column in HEAD:
-        told.add_column(
-            f"{column} {found.floor:g}" if column == "days below" and found.floor else column,
-            justify="left" if column == "policy" else "right",
-        )
-    for one in found.replays[:LISTED]:
-        told.add_row(*map(Text, cells(found, one)), style="bold green" if one is chosen else "")
+    for column in head:
+        told.add_column(column, justify="left" if column == "policy" else "right")
+    for one, row in list(zip(found.replays, rows, strict=True))[:LISTED]:
+        told.add_row(*map(Text, row), style="bold green" if one is chosen else "")
     if found.ideal is not None:
-        ideal = found.ideal
-        told.add_row(
-            "oracle", f"{ideal.accuracy:.3f}", str(ideal.found.retrainings), *[""] * 5, "0",
-            style="dim",
-        )  # fmt: skip
+        known = {
+            "policy": "oracle",
+            "mean accuracy": f"{found.ideal.accuracy:.3f}",
+            "retrainings": str(found.ideal.found.retrainings),
+            "regret": "0",
+        }
+        told.add_row(*(known.get(column, "") for column in head), style="dim")
     return told
 
 

@@ -224,15 +224,23 @@ def _frontier(found: Backtest) -> go.Figure:
     return figure
 
 
-def _table(found: Backtest, chosen: Replayed | None) -> str:
+def columns(found: Backtest) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Give the head and the rows of the table, without columns of which nothing is known."""
     head = list(HEAD)
     if found.floor is not None:
-        head[7] = f"days below {found.floor:g}"
+        head[7] += f" {found.floor:g}"
+    rows = [cells(found, one) for one in found.replays]
+    kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    return tuple(head[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows)
+
+
+def _table(found: Backtest, chosen: Replayed | None) -> str:
+    head, told = columns(found)
     rows = "".join(
         f"<tr{' class=chosen' if one is chosen else ''}>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(found, one))
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
         + "</tr>"
-        for one in found.replays
+        for one, row in zip(found.replays, told, strict=True)
     )
     return (
         f"<table><tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr>{rows}</table>"

@@ -5,7 +5,8 @@ Three streams, a batch an hour, every picture's label 1.5 hours after it:
 - digits: MNIST, optical digits coming and going, and both at once.
 - PACS: photos, then art, then sketches, in steps; photos come back, mixed ever more with sketches.
   A picture here is its SqueezeNet embedding (512 values in 8 bits), and the network a linear head.
-- harmless: MNIST under a brighter light, which the champion answers as well as before.
+- harmless: MNIST with .7 of its contrast, which the champion answers as well as before (.915 of
+  1,000, .919 without) and which every drift test finds.
 
 The policies are those of Modyn's grid (Böther et al. 2025) as far as the product has them: every so
 many batches or samples, a drift test with a fixed threshold on each batch or summed up over the
@@ -126,13 +127,13 @@ def digits() -> Stream:
 
 
 def harmless() -> Stream:
-    """Let the light become brighter."""
+    """Let contrast become weaker."""
     pixels, labels = realdata.mnist()
     first = Pool(pixels[:1500, 0].numpy(), labels[:1500].astype(str))
     rest, truth = pixels[3000:6000], labels[3000:6000].astype(str)
-    bright = realdata.brightness(25)(rest)[:, 0].numpy()
-    pools = {"mnist": Pool(rest[:, 0].numpy(), truth), "bright": Pool(bright[::-1], truth[::-1])}
-    order = [{"mnist": 1.0}] * 6 + [{"bright": 1.0}] * 10
+    weak = realdata.SHIFTS["mild-contrast"](rest)[:, 0].numpy()
+    pools = {"mnist": Pool(rest[:, 0].numpy(), truth), "weak": Pool(weak[::-1], truth[::-1])}
+    order = [{"mnist": 1.0}] * 6 + [{"weak": 1.0}] * 10
     return Stream("harmless", "small_cnn", first, pools, tuple(order), 0.1307, 0.3081)
 
 
