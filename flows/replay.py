@@ -30,7 +30,7 @@ from flows.past import Past, read_past
 from flows.registry import ROLLBACK, CheckRecord, Registry, RegistryError, Version
 from flows.retrain import RetrainError, train_on
 from flows.settings import Settings
-from flows.simulated import Costs, Shelf, SimulatedRegistry, Start, lay_out
+from flows.simulated import DECIDED, Costs, Shelf, SimulatedRegistry, Start, lay_out
 from flows.watch import watch_on
 from monitoring.features import FeatureTable
 from monitoring.policy import describe
@@ -392,7 +392,7 @@ def _retraining(registry: SimulatedRegistry, version: Version) -> Retraining:
         batch_id=check.key.batch_id,
         number=version.number,
         version=version.tags["digest"],
-        reason=check.reason,
+        reason=version.tags[DECIDED],
         outcome=version.tags.get("verdict_reason", ""),
         promoted="promoted_at" in version.tags,
         labels=len(new),

@@ -36,6 +36,8 @@ from sft.models import Network
 IN_MEMORY = 64
 """Results that are kept in memory too: the tables of some sixty batches."""
 VERSION = "version"
+DECIDED = "decided"
+"""Tag of a version: the reason for which it was made, as the decision said it then."""
 Costs = dict[str, Cost]
 
 
@@ -393,6 +395,8 @@ class SimulatedRegistry(Registry):
 
     def _add(self, name: str, run_id: str, tags: Mapping[str, str]) -> Version:
         number = max(self._versions) + 1
+        if check := tags.get("cause_check"):  # a later decision writes another reason there
+            tags = {**tags, DECIDED: self._runs_kept[check].tags.get("sustain.reason", "")}
         version = Version(number, run_id, {**tags, "digest": name}, self._now)
         self._versions[number] = version
         return version

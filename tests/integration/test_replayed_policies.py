@@ -48,6 +48,7 @@ def test_a_policy_retrains_when_labels_of_the_drift_came(found: Backtest) -> Non
     assert made.at > BEGIN + HOUR
     assert "optical" in made.batch_id
     assert made.promoted
+    assert "to learn from" in made.reason  # as it was then, though the check says more since
     assert default.served[-1].accuracy > found.replays[1].served[-1].accuracy + 0.2
 
 
