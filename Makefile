@@ -7,7 +7,7 @@ export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
 .PHONY: demo test test-fast test-nightly lint format bench bench-backtest bench-cli bench-gate \
-	bench-monitoring bench-month bench-sft clean
+	bench-monitoring bench-month bench-scale bench-sft clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
@@ -53,6 +53,9 @@ bench-backtest: $(INSTALLED)  ## policies replayed on streams of real pictures: 
 
 bench-month: $(INSTALLED)  ## a simulated month through the real flows: some 20 minutes
 	$(BIN)/python tests/bench/bench_month.py
+
+bench-scale: $(INSTALLED)  ## what grows with what: some 40 minutes
+	$(BIN)/python tests/bench/bench_scale.py
 
 bench-sft: $(INSTALLED)  ## fine-tuning on real data beside its peers: some 40 CPU minutes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

@@ -59,7 +59,7 @@ def adapt(settings_path: str, cause: str = "asked for by a person") -> Retrained
     here = {(batch.id, batch.digest) for batch in batches}
     rang = sorted(
         (c.key.batch_id, c.key.digest)
-        for c in registry.checks(champion.number)
+        for c in registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
         if c.finished and c.alarm and (c.key.batch_id, c.key.digest) in here
     )
     if not rang:

@@ -30,6 +30,7 @@ from flows.kept import SEEN, as_json
 from flows.package import see
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
+from flows.shadow import Shadow, compare_answers
 from flows.words import count, slug
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
 from monitoring.detectors import Detection, detect_drift
@@ -61,7 +62,8 @@ class Against:
     """The champion that batches are checked against, loaded once.
 
     Samples in `used` (learned from, or part of the reference) are left out of a check: the champion
-    is overconfident on the first, and the second are no news to it.
+    is overconfident on the first, and the second are no news to it. The challenger in the `shadow`,
+    if there is one, answers beside it.
     """
 
     version: Version
@@ -69,11 +71,16 @@ class Against:
     reference: Reference
     memory: Memory
     used: frozenset[str]
+    shadow: Shadow | None = None
 
 
 @dataclass
 class Past:
-    """The finished checks against the champion, oldest first, and where they leave the stream."""
+    """The newest finished checks against the champion, in order, and where they leave the stream.
+
+    Each check puts on record where the stream stood after it, so that those before the first of
+    these need not be read.
+    """
 
     settings: Settings
     records: list[CheckRecord]
@@ -82,12 +89,25 @@ class Past:
     def __post_init__(self) -> None:
         """Fold the evidence once."""
         for record in self.records:
-            self._add_up(record)
+            known = record.tags.get("sustain.running") if record is self.records[0] else None
+            if known and record.number > 1:
+                self.running = Running.from_json(known)
+            else:
+                self._add_up(record)
 
     def append(self, record: CheckRecord) -> None:
         """Add the newest check."""
         self.records.append(record)
         self._add_up(record)
+
+    @property
+    def number(self) -> int:
+        """The number of the next check."""
+        return 1 + max([len(self.records), *(record.number for record in self.records[-1:])])
+
+    def place(self, running: Running) -> dict[str, str]:
+        """Say where the next check stands in the stream, and what it leaves to the one after it."""
+        return {"sustain.number": str(self.number), "sustain.running": running.to_json()}
 
     def step(self, evidence: StreamEvidence) -> tuple[Running, StreamState]:
         """Say where the stream would stand with one more batch; nothing is added."""
@@ -180,14 +200,15 @@ def is_tested(record: CheckRecord) -> bool:
     return "drift.p_value" in record.metrics
 
 
-def load_champion(registry: Registry, champion: Version) -> Against:
+def load_champion(registry: Registry, champion: Version, shadow: Shadow | None = None) -> Against:
     """Load all that checks against the champion need."""
     learned = registry.learned(champion)
     reference = registry.reference(champion)
     used = frozenset(learned[learned["role"] != Role.HOLDOUT.value]["sample_id"]).union(
         *(regime.features.sample_ids for regime in reference.regimes)
     )
-    return Against(champion, registry.network(champion), reference, registry.memory(champion), used)
+    network, memory = registry.network(champion), registry.memory(champion)
+    return Against(champion, network, reference, memory, used, shadow)
 
 
 @task(name="check", cache_policy=NO_CACHE)
@@ -211,14 +232,15 @@ def check(
     try:
         own = look_once(registry, look)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
-        return _fail(registry, batch, champion, run_id, str(error))
+        return _fail(registry, batch, champion, run_id, str(error), past)
     if own is None:
         reason = "The champion learned from every sample of the batch, or has it in its reference."
-        return _without_test(registry, batch, champion, run_id, Action.NONE.value, reason, 0)
+        none = Action.NONE.value
+        return _without_test(registry, batch, champion, run_id, none, reason, 0, past)
     try:
         own.require_finite("batch")
     except ValueError as error:
-        return _fail(registry, batch, champion, run_id, str(error))
+        return _fail(registry, batch, champion, run_id, str(error), past)
     tested, notes = _with_waiting(registry, past, batch, own)
     registry.log_features(run_id, own)
     if registry.live and look.read.quarantined:
@@ -228,17 +250,23 @@ def check(
             f"{count(range(len(tested)), 'picture')} in all, fewer than min_batch ="
             f" {settings.checks.min_batch}: tested together with the next batch."
         )
-        return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own))
+        return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own), past)
     try:
         measured = measure(registry, against, tested, past, notes)
     except ValueError as error:  # such as a reference that is too small for alpha
-        return _fail(registry, batch, champion, run_id, str(error))
+        return _fail(registry, batch, champion, run_id, str(error), past)
     quarantined = len(look.read.quarantined) if registry.live else 0
     metrics = _metrics(measured, len(own), quarantined)
+    shadow = against.shadow
+    if shadow is not None and (theirs := look_once(registry, look, shadow)) is not None:
+        config = against.network.config
+        told, words = compare_answers(shadow, theirs, config, own, measured.estimate)
+        metrics |= told
+        measured = replace(measured, notes=(*measured.notes, words))
     decision = decider.decide(evidence_of(batch.id, metrics, settings))
     if registry.live:
         _log_report(registry, run_id, against, batch, look.read, past, measured, decision)
-    registry.chart(champion.number, metrics, step=len(past.records) + 1)
+    registry.chart(champion.number, metrics, step=past.number)
     registry.log(
         run_id,
         metrics=metrics,
@@ -248,6 +276,7 @@ def check(
             **suppressed_tags(decision),
             "sustain.regime": measured.detection.regime,
             "sustain.stream": measured.evidence.to_json(),
+            **past.place(past.step(measured.evidence)[0]),
             "sustain.fresh": decider.name,
             "sustain.notes": "; ".join(measured.notes)[:4000],
             "mlflow.note.content": decision.reason,
@@ -462,15 +491,15 @@ class Look:
             in_memory_bytes=self.settings.memory.in_memory_bytes,
         )
 
-    def features(self) -> FeatureTable | None:
-        """Give what the champion sees in the samples that are news to it; None if none is."""
+    def features(self, network: Network) -> FeatureTable | None:
+        """Give what a network sees in samples that are news to the champion; None if none is."""
         read, used = self.read, self.against.used
         ids = read.samples["sample_id"]
         places = [i for i, name in enumerate(ids) if name not in used]
         if not places:
             return None
         return see(
-            self.against.network,
+            network,
             tuple(ids.iloc[places]),
             take(read.pixels, torch.tensor(places)),
             sizes=[read.sizes[i] for i in places],
@@ -478,11 +507,14 @@ class Look:
         )
 
 
-def look_once(registry: Registry, look: Look) -> FeatureTable | None:
-    """Look at a batch; a replay does it once for all policies."""
-    batch, version = look.batch, look.against.version
+def look_once(registry: Registry, look: Look, shadow: Shadow | None = None) -> FeatureTable | None:
+    """Look at a batch, or let the challenger look; a replay does it once for all policies."""
+    batch, against = look.batch, look.against
+    network = against.network if shadow is None else shadow.network
+    digests = [against.version.tags["digest"]]
+    digests += [] if shadow is None else [shadow.version.tags["digest"]]
     stated = (batch.id, batch.digest, asdict(look.settings.feed))
-    return registry.once(SEEN, (version.tags["digest"], *stated), look.features)
+    return registry.once(SEEN, (digests, *stated), lambda: look.features(network))
 
 
 def _quarantine(read: BatchData) -> str:
@@ -668,8 +700,11 @@ def _show_in_prefect(registry: Registry, checked: Checked) -> None:
     )
 
 
-def _fail(registry: Registry, batch: Batch, champion: Version, run_id: str, reason: str) -> Checked:
-    registry.log(run_id, tags={"sustain.action": FAILED, "sustain.reason": reason})
+def _fail(
+    registry: Registry, batch: Batch, champion: Version, run_id: str, reason: str, past: Past
+) -> Checked:
+    tags = {"sustain.action": FAILED, "sustain.reason": reason}
+    registry.log(run_id, tags=tags | past.place(past.running))
     registry.end_run(run_id, failed=True)
     return _unmeasured(batch, champion, run_id, FAILED, reason)
 
@@ -682,13 +717,12 @@ def _without_test(
     action: str,
     reason: str,
     samples: int,
+    past: Past,
 ) -> Checked:
     """Put a check on record that tested nothing."""
-    registry.log(
-        run_id,
-        metrics={"batch.samples": float(samples)},
-        tags={"sustain.action": action, "sustain.reason": reason, "mlflow.note.content": reason},
-    )
+    tags = {"sustain.action": action, "sustain.reason": reason, "mlflow.note.content": reason}
+    metrics = {"batch.samples": float(samples)}
+    registry.log(run_id, metrics=metrics, tags=tags | past.place(past.running))
     registry.end_run(run_id)
     return replace(_unmeasured(batch, champion, run_id, action, reason), samples=samples)
 

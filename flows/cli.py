@@ -35,6 +35,24 @@ settings_option = click.option(
     help="The model's TOML file.",
 )
 
+models_option = click.option(
+    "--settings",
+    "-s",
+    "settings_files",
+    multiple=True,
+    default=("sustain.toml",),
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="A model's TOML file; again for each further model.",
+)
+
+
+def ports(command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command take the ports of both servers."""
+    for server, port in (("prefect", 4200), ("mlflow", 5000)):
+        command = click.option(f"--{server}-port", default=port, show_default=True)(command)
+    return command
+
 
 def told_plainly(command: Callable[P, None]) -> Callable[P, None]:
     """Show this package's errors as one line; anything else is a bug and keeps its traceback."""
@@ -250,17 +268,60 @@ def history(settings_file: Path, at: str | None) -> None:
 
 
 @main.command()
-@settings_option
+@models_option
 @click.option("--port", type=int, default=4280, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--register", default="", help="This receiver's address, as MLflow's server sees it.")
 @told_plainly
-def webhook(settings_file: Path, port: int, register: str) -> None:
-    """Take MLflow's signed messages, so that a moved alias takes effect in seconds."""
-    settings = _begin(settings_file)
+def webhook(settings_files: tuple[Path, ...], port: int, host: str, register: str) -> None:
+    """Take MLflow's signed messages, so that a moved alias takes effect in seconds.
+
+    It also tells Prometheus what is on record, under /metrics.
+    """
+    models = _begin_all(settings_files)
     from flows.webhook import serve
 
-    console.print(f"listening on http://127.0.0.1:{port}/mlflow; Ctrl-C stops it", markup=False)
-    serve(settings, port, register=register)
+    console.print(f"listening on http://{host}:{port}/mlflow; Ctrl-C stops it", markup=False)
+    serve(models, port, host=host, register=register)
+
+
+@main.command()
+@models_option
+@told_plainly
+def metrics(settings_files: tuple[Path, ...]) -> None:
+    """Print what is on record as Prometheus's text, as for its textfile collector."""
+    models = _begin_all(settings_files, needs_prefect=False)
+    from flows.metrics import Exporter
+    from flows.registry import Registry
+
+    click.echo(Exporter([Registry(one) for one in models]).text(0.0).decode(), nl=False)
+
+
+@main.command()
+@models_option
+@click.option("--pool", default="sustain", show_default=True, help="Prefect's work pool.")
+@told_plainly
+def deploy(settings_files: tuple[Path, ...], pool: str) -> None:
+    """Register the scheduled and the startable flows of these models, and no others.
+
+    What was deployed before and is unchanged stays as it is. A model whose settings are not named
+    any more loses its deployments and schedules.
+    """
+    models = _begin_all(settings_files)
+    from flows.deploy import deploy as register
+
+    console.print(register(models, pool).words, markup=False, soft_wrap=True)
+
+
+@main.command()
+@settings_option
+@told_plainly
+def reconcile(settings_file: Path) -> None:
+    """End what dead processes left running, in Prefect and in MLflow."""
+    settings = _begin(settings_file)
+    from flows.reconcile import reconcile as flow
+
+    console.print(flow(str(settings.path)).words, markup=False)
 
 
 @main.command()
@@ -359,7 +420,7 @@ def status(settings_file: Path) -> None:
     registry = Registry(settings)
     plan = make_plan(registry, settings, datetime.now(UTC))
     console.print(version_table(registry))
-    checks = registry.checks(plan.champion.number)
+    checks = registry.newest_checks(plan.champion.number)
     table = Table(
         title=f"newest checks against version {plan.champion.number}", title_justify="left"
     )
@@ -392,16 +453,54 @@ def status(settings_file: Path) -> None:
 
 
 @main.command()
+@models_option
+@ports
+@click.option("--webhook-port", default=4280, show_default=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; any other needs credentials in the environment.",
+)
+@click.option("--name", "names", multiple=True, help="By which others call, as through a proxy.")
+def up(
+    settings_files: tuple[Path, ...],
+    mlflow_port: int,
+    prefect_port: int,
+    webhook_port: int,
+    host: str,
+    names: tuple[str, ...],
+) -> None:
+    """Run it all on this machine until Ctrl-C: servers, schedules and a worker."""
+    from flows.guard import guarded
+
+    @told_plainly
+    def run() -> None:
+        from flows.settings import load_settings
+        from flows.up import Place
+        from flows.up import up as serve
+
+        models = [load_settings(path) for path in settings_files]
+        serve(models, Place(host, mlflow_port, prefect_port, webhook_port, names))
+
+    sys.exit(guarded(run))
+
+
+@main.command()
 @settings_option
-@click.option("--mlflow-port", default=5000, show_default=True)
-@click.option("--prefect-port", default=4200, show_default=True)
-@told_plainly
+@ports
 def ui(settings_file: Path, mlflow_port: int, prefect_port: int) -> None:
     """Show what is on record in MLflow's and Prefect's UIs, until Ctrl-C."""
-    settings = _begin(settings_file, needs_prefect=False)
-    from flows.servers import show
+    from flows.guard import guarded
 
-    show(settings, mlflow_port=mlflow_port, prefect_port=prefect_port)
+    @told_plainly
+    def run() -> None:
+        from flows.settings import load_settings
+        from flows.up import Place, show
+
+        show(load_settings(settings_file), Place(mlflow=mlflow_port, prefect=prefect_port))
+
+    sys.exit(guarded(run))
 
 
 @main.command()
@@ -488,10 +587,10 @@ def _row(checked: Checked) -> list[str]:
 
 def _saved(registry: Registry) -> str:
     """Say what was not spent because a change was not answered by a retraining."""
-    checks = [c for c in registry.checks(None) if c.tags.get("sustain.suppressed")]
+    checks = registry.checks(None, "tags.`sustain.suppressed` != ''")
     if not checks:
         return ""
-    last = checks[-1]
+    last = max(checks, key=lambda check: check.ended)
     return (
         f"{len(checks)} changes were not answered by a retraining; the last one"
         f" ({last.key.batch_id}): {last.tags['sustain.suppressed']}, so"
@@ -549,6 +648,14 @@ def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     if needs_prefect:
         _check_prefect(settings)
     return settings
+
+
+def _begin_all(files: tuple[Path, ...], *, needs_prefect: bool = True) -> list[Settings]:
+    """Read the settings of several models; the first ones' servers are everybody's."""
+    from flows.settings import load_settings
+
+    first = _begin(files[0], needs_prefect=needs_prefect)
+    return [first, *(load_settings(path) for path in files[1:])]
 
 
 def _check_prefect(settings: Settings) -> None:

@@ -15,6 +15,7 @@ from flows.feed import Batch
 from flows.fresh import FreshSet, Labels, fresh_set, labels_needed
 from flows.registry import CheckRecord, Registry, Version
 from flows.settings import Settings
+from flows.shadow import shadow_of
 from monitoring.policy import (
     Action,
     Decision,
@@ -151,7 +152,9 @@ def _remade(
     A version that was refused or rolled back is not made again for one more label: it takes
     `min_labels` new ones. None when there was no such version, or enough is new.
     """
-    failed = [v for v in children if v.verdict is not None]
+    version = shadow_of(registry)
+    shadow = version.number if version is not None else None
+    failed = [v for v in children if v.verdict is not None or v.number == shadow]
     by_itself = settings.gate.approval == "auto"  # else what the gate let through waits
     failed = [
         v for v in failed if v.rolled_back or v.verdict != Outcome.PROMOTE.value or not by_itself
@@ -164,6 +167,8 @@ def _remade(
     if new >= settings.policy.min_labels:
         return None
     last = failed[-1]
+    if last.number == shadow:
+        return f"version {last.number}, which answers beside the champion before it is judged"
     became = "was rolled back" if last.rolled_back else f"got the verdict {last.verdict!r}"
     if last.verdict == Outcome.PROMOTE.value and not last.rolled_back:
         became = "waits for approval"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 
 from monitoring.gallery import Shown, gallery
+from sft.batchnorm import has_statistics, reestimate
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import collect
 from sft.models import Network
@@ -28,6 +30,10 @@ from sft.tasks import SINGLE_LABEL
 FILE, PAGE = "suspicious_labels.csv", "suspicious_labels.html"
 MAX_SHOWN = 200
 """Pictures on the page: some half a megabyte."""
+ADAPTED_BY = 256
+"""Pictures that batch-norm statistics are taken from: one pass."""
+
+Rows: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +41,15 @@ class Delivery:
     """Fresh labels, and what is thought of them.
 
     Attributes:
-        verdict: on all of them, the hold-out too: whether a person should look first.
+        judged: all of them, the hold-out too; or those of the changed world, if only they are
+            refused.
+        verdict: on those: whether a person should look first.
         usable: those that may be learned from.
         doubt: on the usable ones alone: held-out labels must not choose what is learned.
         believed: the usable ones that are learned from, with how much each counts.
     """
 
+    judged: LabelledPictures
     verdict: LabelVerdict
     usable: LabelledPictures
     doubt: LabelVerdict
@@ -53,10 +62,13 @@ def judge_delivery(
     old: LabelledPictures,
     classes: Sequence[str],
     settings: NoiseSettings,
+    changed: Collection[str] = (),
 ) -> Delivery:
     """Judge fresh labels by what the champion sees in their pictures, in one forward pass.
 
-    Only labels that name one class are judged; of other tasks nothing is suspicious.
+    Only labels that name one class are judged; of other tasks nothing is suspicious. Labels of the
+    batches that changed are judged by themselves too: among many labels of a known world, whose
+    pictures are the surest, wrong ones of a new world are not seen.
 
     Args:
         champion: whose embeddings and answers are used.
@@ -64,6 +76,7 @@ def judge_delivery(
         old: rehearsed samples, which stand beside it.
         classes: those of the champion, and new ones after them.
         settings: section [noise].
+        changed: ids of the batches that rang.
     """
     ids = labelled.sample_ids
     usable = [i for i, name in enumerate(ids) if role_of(name) is not Role.HOLDOUT]
@@ -71,7 +84,7 @@ def judge_delivery(
         words = f"the labels were not judged: a {champion.config.task.name} model has no one class"
         nothing = (not_judged(np.zeros(len(rows), np.int64), words) for rows in (ids, usable))
         learned = labelled.take(usable)
-        return Delivery(next(nothing), learned, next(nothing), learned)
+        return Delivery(labelled, next(nothing), learned, next(nothing), learned)
     beside = old.take(np.random.default_rng(0).permutation(len(old))[:OLD_SAMPLES].tolist())
     embeddings, probabilities = see(champion, labelled.pixels)
     old_embeddings = see(champion, beside.pixels)[0] if len(beside) else None
@@ -85,6 +98,7 @@ def judge_delivery(
             settings=settings,
             old_embeddings=old_embeddings,
             old_labels=beside.labels.numpy() if len(beside) else None,
+            adapted=adapted_answers(champion, labelled.take(rows).pixels),
         )
 
     doubt = judge(usable)
@@ -92,8 +106,14 @@ def judge_delivery(
     believed = labelled.take(usable)
     if settings.action is not NoiseAction.KEEP:
         believed = replace(believed, weights=weights).take(weights.nonzero().flatten().tolist())
+    judged, verdict = labelled, judge(range(len(ids)))
+    new = [i for i, name in enumerate(ids) if name.split("/", 1)[0] in changed]
+    if 0 < len(new) < len(ids) and not verdict.stop and (own := judge(new)).stop:
+        words = f"the {len(new)} labels of the batches that changed: {own.words}"
+        judged, verdict = labelled.take(new), replace(own, words=words)
     return Delivery(
-        verdict=judge(range(len(ids))),
+        judged=judged,
+        verdict=verdict,
         usable=labelled.take(usable),
         doubt=doubt,
         believed=believed,
@@ -145,9 +165,22 @@ def suspicious_files(
     }
 
 
-def see(
-    network: Network, pixels: Pixels
-) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...]:
+def adapted_answers(champion: Network, pixels: Pixels) -> Callable[[], Rows] | None:
+    """Give what computes probabilities (n, classes) by batch-norm statistics of these n pictures.
+
+    None for a champion without such statistics of its own.
+    """
+    if not has_statistics(champion):
+        return None
+
+    def answers() -> Rows:
+        some = np.random.default_rng(0).permutation(len(pixels))[:ADAPTED_BY]
+        return see(reestimate(champion, pixels[torch.from_numpy(some)]), pixels)[1]
+
+    return answers
+
+
+def see(network: Network, pixels: Pixels) -> tuple[Rows, ...]:
     """Give embeddings (n, d) and probabilities (n, classes) of n pictures."""
     passes = (network.embed(part) for part in pixels.split(CHUNK))
     return tuple(table.numpy() for table in collect(passes, len(pixels)))

@@ -11,7 +11,14 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from flows.settings import SECTIONS, NotifySettings, Settings, SettingsError, changed
+from flows.settings import (
+    SECTIONS,
+    LogSettings,
+    NotifySettings,
+    Settings,
+    SettingsError,
+    changed,
+)
 
 DECIDING = (
     "policy",
@@ -96,6 +103,7 @@ def prepared(settings: Settings) -> Settings:
     return replace(
         settings,
         notify=NotifySettings(),
+        logs=LogSettings(),
         adaptation=replace(settings.adaptation, enabled=False),
         gate=replace(settings.gate, approval="auto"),
     )

@@ -180,7 +180,8 @@ def _of_versions(
                 f"{name}: version {version.number} was not promoted ({version.verdict})",
                 f"{tags.get('verdict_reason', '')}\n{link}",
             )
-        if version.verdict == Outcome.PROMOTE.value and challenger == version.number:
+        waits = settings.gate.approval == "manual" and challenger == version.number
+        if version.verdict == Outcome.PROMOTE.value and waits:
             yield Event(
                 "approval",
                 judged,
@@ -195,12 +196,15 @@ def _of_versions(
 def _of_checks(registry: Registry, since: datetime) -> Iterator[Event]:
     """Tell of a drift when it begins to hurt, and not again while it goes on."""
     champion = registry.alias(CHAMPION)
+    checks = registry.newest_checks(champion) if champion is not None else []
     hurt = asked = False
-    for check in registry.checks(champion) if champion is not None else ():
-        if not check.finished or not check.action:
-            continue
+    for place, check in enumerate(c for c in checks if c.finished and c.action):
         batch, link = check.key.batch_id, registry.run_url(check.run_id, artifact="report.html")
         hurts = check.action in (Action.RETRAIN.value, Action.ASK_FOR_LABELS.value)
+        asks = "sustain.requested" in check.tags
+        if place == 0 and check.number > 1:  # those before it were not read: no beginning
+            hurt, asked = hurts, asks
+            continue
         if hurts and not hurt and check.ended > since:
             yield Event(
                 "drift",
@@ -209,7 +213,6 @@ def _of_checks(registry: Registry, since: datetime) -> Iterator[Event]:
                 f"{registry.name}: drift that hurts, batch {batch}",
                 f"{check.reason}\n{link}",
             )
-        asks = "sustain.requested" in check.tags
         if asks and not asked and check.ended > since:
             yield Event(
                 "labels",

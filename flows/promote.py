@@ -17,6 +17,7 @@ from prefect import flow
 from flows.fresh import held_out_labels
 from flows.history import show_in_prefect
 from flows.kept import as_json
+from flows.logs import log
 from flows.registry import (
     CHALLENGER,
     CHAMPION,
@@ -162,6 +163,7 @@ def promote_on(
     except ChampionMovedError:  # while the two were judged: judge again
         return promote_on(registry, number, why, who, approved=approved)
     show_in_prefect(registry)
+    log(settings, "promoted", version=number, before=champion.number, who=who, reason=why or reason)
     return Promoted(number, champion.number, True, outcome, why or reason)
 
 

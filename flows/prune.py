@@ -130,8 +130,8 @@ def old_reports(
     if not settings.report_days:
         return []
     oldest = now - timedelta(days=settings.report_days)
-    checks = registry.checks(None)
-    return [c for c in checks if c.ended < oldest and PRUNED not in c.tags]
+    ended = f"attributes.end_time < {int(oldest.timestamp() * 1000)}"
+    return registry.checks(None, ended, f"tags.`{PRUNED}` IS NULL")
 
 
 def _archive(registry: Registry, settings: Settings, version: Version) -> None:

@@ -12,9 +12,9 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,7 @@ from flows.kept import Step, T
 from flows.meter import Cost
 from flows.package import Package
 from flows.servers import unreachable
-from flows.settings import Settings
+from flows.settings import Settings, shown_uri
 from flows.view import Present, View
 from flows.words import slug
 from monitoring.features import FeatureTable
@@ -46,6 +46,12 @@ ROLLBACK = "rollback"
 MOVE = "sustain.move."
 """Begins the tag of the model that a move of its champion leaves; the time follows."""
 LOADER = "sft.serving"
+WINDOW = 200
+"""Checks that are read at least: as many as a report draws."""
+RECENT_DAYS = 7.0
+"""Checks are first looked for so far back, and everywhere if that is not enough."""
+SKEW = timedelta(hours=1)
+"""How far the clock of whoever writes the feed may be ahead."""
 PARTS = ("model", package.REFERENCE, package.MEMORY, package.LEARNED, package.LINEAGE)
 MANIFEST = "manifest.json"
 CONFIG = f"model/data/{package.NETWORK}/{models.CONFIG_FILE}"
@@ -119,6 +125,11 @@ class CheckRecord:
     ended: datetime
 
     @property
+    def number(self) -> int:
+        """Its place among the checks against its champion, whatever clocks say; 0 if not told."""
+        return int(self.tags.get("sustain.number", "0"))
+
+    @property
     def alarm(self) -> bool:
         """Whether the batch differed from the champion's reference."""
         return self.metrics.get("drift.alarm", 0.0) > 0
@@ -177,14 +188,16 @@ class Registry:
             problem := unreachable(f"{self.uri.rstrip('/')}/health")
         ):
             raise RegistryError(
-                f"MLflow at {self.uri} {problem}: is the server running, and is [servers] mlflow"
-                " (or MLFLOW_TRACKING_URI) right?"
+                f"MLflow at {shown_uri(self.uri)} {problem}: is the server running, and is"
+                " [servers] mlflow (or MLFLOW_TRACKING_URI) right?"
             )
         try:
             self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment_id = self._experiment()
         except (MlflowException, OSError) as error:
-            raise RegistryError(f"MLflow at {self.uri} cannot be used: {error}") from error
+            raise RegistryError(
+                f"MLflow at {shown_uri(self.uri)} cannot be used: {shown_uri(str(error))}"
+            ) from error
         self._charts: dict[int, str] = {}
         self._fetched: dict[str, Path] = {}
         self._fetched_files: dict[tuple[str, str], Path] = {}
@@ -485,7 +498,7 @@ class Registry:
         if before is None or not _is_ours(self.version(before)):
             # nobody's, or somebody else's: the one that is left is the last of ours that served
             before = int(seen) if seen and int(seen) != after.number else None
-        at = now.isoformat(timespec="microseconds")
+        at = self._after_last_move(now)
         move = Move(before, after.number, by, why, at, promotes=by != ROLLBACK, who=who)
         announced = json.dumps(move.__dict__)
         self.client.set_registered_model_tag(self.name, "sustain.champion_moving", announced)
@@ -524,7 +537,7 @@ class Registry:
                 current,
                 by="a person",
                 why=f"the alias {CHAMPION!r} was moved by hand",
-                at=now.isoformat(timespec="microseconds"),
+                at=self._after_last_move(now),
                 seen=True,
             )
             self._complete(by_hand)
@@ -539,6 +552,12 @@ class Registry:
         return current is not None and (
             tags.get("sustain.champion_seen") != str(current) or "sustain.champion_moving" in tags
         )
+
+    def _after_last_move(self, now: datetime) -> str:
+        """Write the time of a move: later than the last one, even if the clock was set back."""
+        last = self.moves()[-1:]
+        times = [datetime.fromisoformat(one.at) + timedelta(microseconds=1) for one in last]
+        return max([now, *times]).isoformat(timespec="microseconds")
 
     def _complete(self, move: Move) -> None:
         after = self.version(move.after)
@@ -564,22 +583,47 @@ class Registry:
 
     # ---- checks and training runs
 
-    def checks(self, champion: int | None) -> list[CheckRecord]:
-        """List the ended checks against a champion, one for each key, in the order of their ends.
+    def checks(self, champion: int | None, *also: str) -> list[CheckRecord]:
+        """List the ended checks against a champion, one for each key, in their order.
 
-        None lists those against every champion, deleted ones too.
-
-        Of several with a key, the first that finished counts; if none did, the last that failed.
+        None lists those against every champion, deleted ones too; `also` are further conditions in
+        the words of MLflow. Of several with a key, the first that finished counts; if none did, the
+        last that failed.
         """
-        records: dict[CheckKey, CheckRecord] = {}
         tags = {} if champion is None else {"sustain.champion": str(champion)}
-        for run in self._runs("check", tags):
-            if run.info.status in ("FINISHED", "FAILED"):
-                record = _check_record(run)
-                known = records.get(record.key)
-                if known is None or not known.finished:
-                    records[record.key] = record
-        return sorted(records.values(), key=lambda record: (record.ended, record.run_id))
+        return _in_order(self._runs("check", tags, *also))
+
+    def has_check(self, champion: int, condition: str) -> bool:
+        """Whether any check against a champion meets a condition in the words of MLflow."""
+        tags = {"sustain.champion": str(champion)}
+        return next(self._runs("check", tags, condition, page=1), None) is not None
+
+    def newest_checks(
+        self, champion: int, batches: Mapping[str, datetime | None] | None = None
+    ) -> list[CheckRecord]:
+        """List the newest checks against a champion as `checks` does, without reading all of them.
+
+        Args:
+            champion: its number.
+            batches: id, and when it arrived: the checks of these are among what is returned.
+        """
+        for days in (RECENT_DAYS, None):  # MLflow sorts all that are in question before it pages
+            missing = dict(batches or {})
+            found: list[Run] = []
+            for run in self._newest(champion, days):
+                found.append(run)
+                missing.pop(run.data.tags["sustain.batch"], None)
+                if len(found) % WINDOW == 0 and _all_after(missing, run):
+                    return _in_order(reversed(found))
+        return _in_order(reversed(found))
+
+    def _newest(self, champion: int, days: float | None) -> Iterator[Run]:
+        also = []
+        if days is not None:
+            since = datetime.now(UTC) - timedelta(days=days)
+            also.append(f"attributes.start_time > {int(since.timestamp() * 1000)}")
+        tags = {"sustain.champion": str(champion)}
+        return self._runs("check", tags, *also, newest_first=True, page=WINDOW)
 
     def check_record(self, run_id: str) -> CheckRecord:
         """Read one check again."""
@@ -626,6 +670,19 @@ class Registry:
         for left in self._open_runs("training"):  # one that is still alive ends by itself
             self.client.set_terminated(left.info.run_id, status="KILLED")
         return self._begin_run("training", name, tags)
+
+    def end_abandoned(self, before: datetime) -> list[str]:
+        """End the checks and trainings that began before a time and are still open; list their ids.
+
+        One that is alive all the same ends by itself, with its own status.
+        """
+        latest = before.timestamp() * 1000
+        ended = []
+        for run in (*self._open_runs("check"), *self._open_runs("training")):
+            if run.info.start_time < latest:
+                self.client.set_terminated(run.info.run_id, status="KILLED")
+                ended.append(str(run.info.run_id))
+        return ended
 
     def training_seconds(self, version: Version) -> float | None:
         """Return how long the training run of a version took; None when it is not known."""
@@ -801,9 +858,10 @@ class Registry:
                 self.client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         location = None
-        if self.uri.startswith("sqlite:"):  # else MLflow would write below the working directory
-            folder = f"mlartifacts{below}"
-            location = (self.settings.root / folder).resolve().as_uri()
+        if not self.uri.startswith("http"):  # else MLflow would write below the working directory
+            location = (self.settings.servers.artifacts or "mlartifacts").rstrip("/") + below
+            if "://" not in location:
+                location = (self.settings.root / location).resolve().as_uri()
         try:
             return str(self.client.create_experiment(name, artifact_location=location))
         except MlflowException:
@@ -838,21 +896,28 @@ class Registry:
     def _open_runs(self, kind: str) -> list[Run]:
         return list(self._runs(kind, {}, "attributes.status = 'RUNNING'"))
 
-    def _runs(self, kind: str, tags: Mapping[str, str], *also: str) -> Iterator[Run]:
+    def _runs(
+        self,
+        kind: str,
+        tags: Mapping[str, str],
+        *also: str,
+        newest_first: bool = False,
+        page: int = 1000,
+    ) -> Iterator[Run]:
         wanted = {"sustain.kind": kind, **tags}
         query = " and ".join([*(f"tags.`{k}` = '{v}'" for k, v in wanted.items()), *also])
         token: str | None = None
         while True:
-            page = self.client.search_runs(
+            found = self.client.search_runs(
                 [self.experiment_id],
                 query,
                 run_view_type=ViewType.ACTIVE_ONLY,
-                max_results=1000,
-                order_by=["attributes.start_time ASC"],
+                max_results=page,
+                order_by=[f"attributes.start_time {'DESC' if newest_first else 'ASC'}"],
                 page_token=token,
             )
-            yield from page
-            token = page.token
+            yield from found
+            token = found.token
             if not token:
                 return
 
@@ -864,6 +929,25 @@ def _version(found: ModelVersion) -> Version:
         tags=dict(found.tags),
         created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
     )
+
+
+def _in_order(runs: Iterable[Run]) -> list[CheckRecord]:
+    """Turn runs, the oldest first, into ended checks, one for each key."""
+    records: dict[CheckKey, CheckRecord] = {}
+    for run in runs:
+        if run.info.status in ("FINISHED", "FAILED"):
+            record = _check_record(run)
+            known = records.get(record.key)
+            if known is None or not known.finished:
+                records[record.key] = record
+    return sorted(records.values(), key=lambda r: (r.number, r.ended, r.run_id))
+
+
+def _all_after(batches: Mapping[str, datetime | None], run: Run) -> bool:
+    """Whether these batches arrived since a check began, so that no older check is theirs."""
+    began = datetime.fromtimestamp(run.info.start_time / 1000, UTC)
+    now = datetime.now(UTC)
+    return all(at is not None and began + SKEW < at <= now for at in batches.values())
 
 
 def _check_record(run: Run) -> CheckRecord:

@@ -404,7 +404,7 @@ def _train_alone(past: Past, start: Start, shelf: Shelf, moment: datetime) -> st
     registry = SimulatedRegistry(past.settings, shelf, start)
     registry.move_to(moment, past.at(moment))
     try:
-        return train_on(registry, "the oracle")[0].tags["digest"]
+        return train_on(registry, registry.champion(), "the oracle")[0].tags["digest"]
     except RetrainError:
         return None
 

@@ -16,11 +16,12 @@ import torch
 from prefect import flow
 
 from flows.batches import read_batch
-from flows.doubt import PAGE, judge_delivery, suspicious_files
+from flows.doubt import PAGE, Delivery, judge_delivery, suspicious_files
 from flows.feed import Batch
 from flows.fresh import FreshSet, fresh_set, labels_needed, retrain_key, stated
 from flows.intake import About
 from flows.kept import Step
+from flows.logs import log
 from flows.meter import Meter
 from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
@@ -28,17 +29,21 @@ from flows.progress import TrainingBar
 from flows.promote import promote, promote_on
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
+from flows.shadow import SHADOW, batches_left
 from flows.storage import FeedError
+from monitoring.words import count
 from sft import after, models
 from sft.averaging import members_of
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.memory import remember
 from sft.models import Network, widen
-from sft.noise import LabelVerdict
 from sft.pixels import PixelSink
 from sft.search import Searched, SearchError, search
 from sft.train import FineTuned, TrainingSettings
+
+SERVES = "serves"
+"""The outcome where another version came to serve before the training that was due."""
 
 
 class RetrainError(ValueError):
@@ -70,13 +75,20 @@ class Retrained:
     @property
     def words(self) -> str:
         """One sentence."""
+        if self.outcome == SERVES:
+            return f"version {self.version} serves: {self.reason}"
         what = "was promoted" if self.promoted else f"was not promoted ({self.outcome})"
         made = "" if self.made_now else ", made before,"
         return f"version {self.version}{made} {what}: {self.reason}"
 
 
 @flow(name="retrain", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
-def retrain(settings_path: str, cause: str = "asked for by a person", check: str = "") -> Retrained:
+def retrain(
+    settings_path: str,
+    cause: str = "asked for by a person",
+    check: str = "",
+    key: str = "",
+) -> Retrained:
     """Make a challenger from the champion and the fresh labels, once, and let it be judged.
 
     Run again with the same champion, labels and settings it finds the version that it made, and
@@ -86,28 +98,36 @@ def retrain(settings_path: str, cause: str = "asked for by a person", check: str
         settings_path: the model's TOML file.
         cause: why, for the record.
         check: run of the check that caused it, if one did.
+        key: of the retraining that was due when this run was asked for, if a check did; it trains
+            on what is fresh now, and nothing when another version serves by now.
 
     Raises:
         RetrainError: too few fresh labels, or of too few classes.
     """
-    return retrain_on(Registry(load_settings(Path(settings_path))), cause, check)
+    return retrain_on(Registry(load_settings(Path(settings_path))), cause, check, key)
 
 
-def retrain_on(registry: Registry, cause: str, check: str = "") -> Retrained:
+def retrain_on(registry: Registry, cause: str, check: str = "", key: str = "") -> Retrained:
     """Do what `retrain` does, on a record."""
-    version, made_now = train_on(registry, cause, check)
+    registry.observe_moves(registry.now())
+    champion = registry.champion()
+    if key and check and (against := registry.check_record(check).key.champion) != champion.number:
+        reason = f"nothing is due any more: the check was of version {against}"
+        return Retrained(champion.number, promoted=False, outcome=SERVES, reason=reason,
+                         made_now=False)  # fmt: skip
+    version, made_now = train_on(registry, champion, cause, check)
     return challenge(registry, version, made_now=made_now)
 
 
-def train_on(registry: Registry, cause: str, check: str = "") -> tuple[Version, bool]:
+def train_on(
+    registry: Registry, champion: Version, cause: str, check: str = ""
+) -> tuple[Version, bool]:
     """Make a challenger, unless it was made before; return it, and whether it was made now.
 
     Raises:
         RetrainError: too few fresh labels, or of too few classes.
     """
     settings = registry.settings
-    registry.observe_moves(registry.now())
-    champion = registry.champion()
     batches = registry.view.batches()
     config = registry.config(champion)
     refuse_contradiction(settings, config)
@@ -119,8 +139,9 @@ def train_on(registry: Registry, cause: str, check: str = "") -> tuple[Version, 
     if version is None:
         require_enough(fresh, settings)
         learns = (champion.tags["digest"], stated(fresh, settings))
+        rang = sorted(that_rang(registry, champion, batches))
         version = registry.made(
-            (*learns, settings.checks.max_regimes, sorted(_rang(registry, champion))),
+            (*learns, settings.checks.max_regimes, rang),
             lambda: make_challenger(
                 registry, settings, champion, batches, fresh, key, cause, check
             ),
@@ -135,12 +156,24 @@ def challenge(registry: Registry, version: Version, *, made_now: bool) -> Retrai
     """Give a version the alias of the challenger, and let it be judged."""
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
+    if left := batches_left(registry, version, registry.champion()):
+        batches = count(left, "more batch", "more batches")
+        words = f"it answers {batches} beside the champion before it is judged"
+        return Retrained(version.number, False, SHADOW, words, made_now=made_now)
     if registry.live:
         path = str(registry.settings.path)
         result = promote(path, version=version.number, approved=False)
         tell(registry, registry.settings, registry.now())
     else:
         result = promote_on(registry, version.number, approved=False)
+    log(
+        registry.settings,
+        "challenger.judged",
+        version=version.number,
+        outcome=result.outcome,
+        promoted=result.promoted,
+        reason=result.reason,
+    )
     return Retrained(
         version.number,
         result.promoted,
@@ -192,9 +225,10 @@ def make_challenger(
         raise LabelsRefusedError(f"of the pictures that can be read: {error}") from error
     kept = memory.without(labelled.sample_ids)  # a corrected label replaces the old one
     old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing, task)
-    delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise)
+    rang = that_rang(registry, champion, batches)
+    delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise, rang)
     if delivery.verdict.stop:
-        raise _refused(registry, champion, labelled, delivery.verdict, classes)
+        raise _refused(registry, champion, delivery, classes)
     run_id = registry.begin_training(
         f"retrain v{champion.number}",
         {
@@ -282,12 +316,12 @@ def make_challenger(
 def _refused(
     registry: Registry,
     champion: Version,
-    labelled: LabelledPictures,
-    verdict: LabelVerdict,
+    delivery: Delivery,
     classes: Sequence[str],
 ) -> LabelsRefusedError:
     """Put the suspicious labels of a refused delivery on a run of their own."""
-    files = suspicious_files(labelled, verdict, classes, all_doubted=True)
+    verdict = delivery.verdict
+    files = suspicious_files(delivery.judged, verdict, classes, all_doubted=True)
     words = f"{verdict.words} (or raise max_wrong_share under [noise])"
     if files:
         run = f"refused labels v{champion.number}"
@@ -304,9 +338,10 @@ def _origin(champion: Version, cause: str, check: str) -> dict[str, str]:
     return tags | ({"cause_check": check} if check else {})
 
 
-def _rang(registry: Registry, champion: Version) -> set[str]:
-    """Name the batches that rang against the champion."""
-    return {c.key.batch_id for c in registry.checks(champion.number) if c.finished and c.alarm}
+def that_rang(registry: Registry, champion: Version, batches: Sequence[Batch]) -> set[str]:
+    """Name the batches that differed from the champion's reference, all of these among them."""
+    checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
+    return {c.key.batch_id for c in checks if c.finished and c.alarm}
 
 
 def read_window(
@@ -326,7 +361,7 @@ def read_window(
     wanted: dict[str, set[str]] = defaultdict(set)
     for name in label_of:
         wanted[name.split("/", 1)[0]].add(name)
-    rang = _rang(registry, champion)
+    rang = that_rang(registry, champion, batches)
     known = set(registry.learned(champion)["sample_id"])
     labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}

@@ -9,6 +9,7 @@ import torch
 from prefect import flow
 
 from flows.history import show_in_prefect
+from flows.logs import log
 from flows.notify import tell
 from flows.registry import ROLLBACK, Registry, RegistryError, Version
 from flows.settings import load_settings
@@ -58,7 +59,7 @@ def roll_back(
     registry: Registry, to: int | None = None, why: str = "no reason given", who: str = ""
 ) -> RolledBack:
     """Do what `rollback` does, on a record."""
-    now = registry.now()
+    settings, now = registry.settings, registry.now()
     move = registry.observe_moves(now)
     if to is None and move is not None and move.by == ROLLBACK:
         # this command was killed after the alias had moved: one more step back would be too far
@@ -77,6 +78,7 @@ def roll_back(
         return RolledBack(None, target.number, "it was champion already")
     move = registry.move_champion(target, by=ROLLBACK, why=why, now=now, who=who)
     show_in_prefect(registry)
+    log(settings, "rolled_back", version=move.after, before=move.before, who=who, reason=why)
     return RolledBack(move.before, move.after, why)
 
 

@@ -1,7 +1,8 @@
-"""Prefect's and MLflow's servers: is one there, and show what is on record."""
+"""Prefect's and MLflow's servers: is one there, and start, wait for and stop one."""
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import subprocess
@@ -9,12 +10,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from flows.settings import Settings, shown_uri
 
-from flows.settings import Settings
-
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+POOL = "sustain"
+"""Prefect's work pool."""
 CONNECT_SECONDS = 5.0
 START_SECONDS = 120.0
 
@@ -34,8 +38,8 @@ def require_prefect(settings: Settings) -> None:
     url = settings.servers.prefect or os.environ.get("PREFECT_API_URL", "")
     if url and (problem := unreachable(f"{url.rstrip('/')}/health")):
         raise ServerError(
-            f"Prefect at {url} {problem}: is the server running, and is [servers] prefect (or"
-            " PREFECT_API_URL) right? Leave it empty to run without a server"
+            f"Prefect at {shown_uri(url)} {problem}: is the server running, and is [servers]"
+            " prefect (or PREFECT_API_URL) right? Leave it empty to run without a server"
         )
 
 
@@ -52,64 +56,62 @@ def unreachable(url: str, timeout: float = CONNECT_SECONDS) -> str | None:
         return f"does not answer within {timeout:.0f} s ({error})"
 
 
-def show(settings: Settings, *, mlflow_port: int, prefect_port: int) -> None:
-    """Start both UIs on what is on record, on loopback, until Ctrl-C.
+def basic(login: str) -> str:
+    """Write `user:password` as the value of the header Authorization."""
+    return "Basic " + base64.b64encode(login.encode()).decode()
 
-    A server that the settings name is not started again: its address is printed.
+
+def start_mlflow(
+    settings: Settings,
+    port: int,
+    logs: Path,
+    *,
+    host: str = LOOPBACK[0],
+    environment: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    hands_out: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Start MLflow's server on the settings' own database, small: one worker, no job runner.
+
+    Args:
+        settings: whose database and artifacts it serves.
+        port: to listen on.
+        logs: folder for its log.
+        host: address to listen on.
+        environment: of the server; this process's by default.
+        options: more of its options.
+        hands_out: it hands artifacts out and takes them in itself, for clients that do not see this
+            machine's files.
     """
-    console = Console()
-    logs = settings.root / "logs"
-    started: list[subprocess.Popen[bytes]] = []
-    # a shell that starts a command in the background lets it ignore Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    mlflow, prefect = settings.mlflow_uri, settings.servers.prefect.removesuffix("/api")
-    try:
-        with console.status("starting MLflow's and Prefect's UIs"):
-            if not mlflow.startswith("http"):
-                mlflow = f"http://127.0.0.1:{mlflow_port}"
-                started.append(start_mlflow(settings, mlflow_port, logs))
-            if not prefect:
-                prefect = f"http://127.0.0.1:{prefect_port}"
-                started.append(start_prefect(prefect_port, logs))
-            wait_until_healthy(f"{mlflow}/health", "MLflow", started, logs)
-            wait_until_healthy(f"{prefect}/api/health", "Prefect", started, logs)
-        console.print(
-            f"MLflow   {mlflow}/#/models/{settings.model.name}  (versions, roll back here)"
-        )
-        console.print(f"         {mlflow}/#/experiments  (checks and drift reports)")
-        console.print(f"Prefect  {prefect}/runs  (flow runs; artifacts under {prefect}/artifacts)")
-        console.print("Ctrl-C stops both")
-        while all(process.poll() is None for process in started):
-            time.sleep(0.5)
-        raise ServerError(f"a server stopped by itself; its log is in {logs}")
-    except KeyboardInterrupt:
-        console.print("stopping")
-    finally:
-        stop(started)
-
-
-def start_mlflow(settings: Settings, port: int, logs: Path) -> subprocess.Popen[bytes]:
-    """Start MLflow's server on the settings' own database, small: one worker, no job runner."""
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    own = {**(os.environ if environment is None else environment)}
+    own["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    own["MLFLOW_BACKEND_STORE_URI"] = settings.mlflow_uri  # no option: it may hold a password
+    root = "--artifacts-destination" if hands_out else "--default-artifact-root"
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--backend-store-uri", settings.mlflow_uri),
-        *("--default-artifact-root", (settings.root / "mlartifacts").resolve().as_uri()),
+        *("--host", host, "--port", str(port)),
+        *(root, (settings.root / "mlartifacts").resolve().as_uri()),
+        *options,
     ]
-    return _start(command, environment, logs / "mlflow.log")
+    return start(command, own, logs / "mlflow.log")
 
 
-def start_prefect(port: int, logs: Path) -> subprocess.Popen[bytes]:
-    """Start Prefect's server on the database of this environment's PREFECT_HOME."""
-    address = f"http://127.0.0.1:{port}/api"
-    environment = {**os.environ, "PREFECT_API_URL": address, "PREFECT_UI_API_URL": address}
+def start_prefect(
+    port: int,
+    logs: Path,
+    *,
+    host: str = LOOPBACK[0],
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start Prefect's server on the database of the environment's PREFECT_HOME."""
+    address = f"http://{host}:{port}/api"
+    own = {**(os.environ if environment is None else environment), "PREFECT_API_URL": address}
+    own.setdefault("PREFECT_UI_API_URL", address)
     command = [
         *(sys.executable, "-m", "prefect", "server", "start"),
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--host", host, "--port", str(port)),
     ]
-    return _start(command, environment, logs / "prefect.log")
+    return start(command, own, logs / "prefect.log")
 
 
 def wait_until_healthy(
@@ -138,7 +140,8 @@ def stop(started: list[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def start(command: list[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own, which writes into a log."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         return subprocess.Popen(  # noqa: S603 - our own command line

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from flows.feed import FeedSettings
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
 from monitoring.sequential import StreamSettings
+from monitoring.triggers import read_schedule
 from sft.adaptation import AdaptationSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
@@ -33,6 +35,8 @@ from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
 PREFIX = "SUSTAIN_"
+PASSWORD = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)")
+"""User and password within an address."""
 
 
 class SettingsError(ValueError):
@@ -102,6 +106,8 @@ class ServerSettings:
 
     Attributes:
         mlflow: tracking URI; empty takes MLFLOW_TRACKING_URI, else an SQLite file beside the TOML.
+        artifacts: where files go when `mlflow` names a database: a folder or URL (`s3://…`); empty
+            for mlartifacts/ beside the TOML. A server keeps them where it was told to.
         mlflow_ui: address of MLflow's UI, for links.
         prefect: address of Prefect's API; empty takes Prefect's own profile, which starts a server
             for the time of a command when there is none.
@@ -109,6 +115,7 @@ class ServerSettings:
     """
 
     mlflow: str = ""
+    artifacts: str = ""
     mlflow_ui: str = "http://127.0.0.1:5000"
     prefect: str = ""
     prefect_home: str = ""
@@ -203,6 +210,52 @@ class CheckSettings:
             raise ValueError(f"slices names a column twice: {list(self.slices)}")
 
 
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """When the flows run that `sustain deploy` registers.
+
+    Attributes:
+        watch: seconds from one run to the next, or a crontab line.
+        prune, reconcile: crontab lines.
+        timezone: of the crontab lines.
+
+    Of each, 0 or empty is never by itself.
+    """
+
+    watch: float | str = 600.0
+    prune: str = "0 4 * * *"
+    reconcile: str = "30 3 * * *"
+    timezone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        """Refuse what is no crontab line, and an interval that no run can keep."""
+        for name in ("watch", "prune", "reconcile"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value:
+                read_schedule(value, self.timezone, (name, "timezone"))
+        if not isinstance(self.watch, str) and self.watch != 0 and not 1 <= self.watch < math.inf:
+            raise ValueError(f"watch must be at least 1 second, or 0 for never, got {self.watch}")
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What is written for machines to read.
+
+    Attributes:
+        format: empty for nothing, or `json`: a line for each thing that happens, with the model,
+            the version and the batch.
+        file: the lines are appended to it; empty for stderr.
+    """
+
+    format: str = ""
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse forms that there are not."""
+        if self.format not in ("", "json"):
+            raise ValueError(f'format must be empty or "json", got {self.format!r}')
+
+
 NOTIFY_EVENTS = ("drift", "labels", "approval", "promoted", "refused", "rolled_back", "failed")
 ENVIRONMENT, BLOCK = "env:", "block:"
 
@@ -261,6 +314,8 @@ class Settings:
     memory: MemorySettings = field(default_factory=MemorySettings)
     notify: NotifySettings = field(default_factory=NotifySettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    logs: LogSettings = field(default_factory=LogSettings)
 
     @property
     def root(self) -> Path:
@@ -305,6 +360,8 @@ SECTIONS: dict[str, type[Any]] = {
     "memory": MemorySettings,
     "notify": NotifySettings,
     "retention": RetentionSettings,
+    "schedule": ScheduleSettings,
+    "logs": LogSettings,
 }
 
 
@@ -331,6 +388,7 @@ def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> Setti
         raise SettingsError(f"{path.name} cannot be read as TOML: {error}") from error
 
     sections = {name: _section(path.name, name, value) for name, value in raw.items()}
+    _refuse_secrets(path.name, sections)
     for variable, value in environ.items():
         if variable.startswith(PREFIX):
             section, key = _variable(variable)
@@ -432,6 +490,22 @@ def write_template(path: Path, name: str, recipe: Path | None = None) -> None:
             file.write(template.replace('name = ""', f'name = "{name}"', 1))
     except FileExistsError as error:
         raise SettingsError(f"{path} is there already; it was left as it is") from error
+
+
+def shown_uri(uri: str) -> str:
+    """Write an address without the user and the password that it may hold."""
+    return PASSWORD.sub("...", uri)
+
+
+def _refuse_secrets(file: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse an address with a password: the file is read by many."""
+    for section, values in sections.items():
+        for key, value in values.items():
+            if PASSWORD.search(str(value)):
+                raise SettingsError(
+                    f"{file}: [{section}] {key} holds a password: take it out of the file, and set"
+                    f" the environment variable {PREFIX}{section.upper()}_{key.upper()} instead"
+                )
 
 
 def _section(file: str, name: str, value: object) -> dict[str, Any]:

@@ -8,6 +8,8 @@ all policies: their results lie on a shelf, named by all that they follow from.
 from __future__ import annotations
 
 import json
+import operator
+import re
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -300,8 +302,9 @@ class SimulatedRegistry(Registry):
 
     # ---- checks and training runs
 
-    def checks(self, champion: int | None) -> list[CheckRecord]:
-        """List the ended checks against a champion, in the order of their ends."""
+    def checks(self, champion: int | None, *also: str) -> list[CheckRecord]:
+        """List the ended checks against a champion that meet conditions, in their order."""
+        conditions = [_condition(words) for words in also]
         records: dict[CheckKey, CheckRecord] = {}
         for run_id, run in self._runs_kept.items():
             of = run.tags.get("sustain.champion")
@@ -309,12 +312,24 @@ class SimulatedRegistry(Registry):
                 run.kind == "check"
                 and run.status != "RUNNING"
                 and (champion is None or of == str(champion))
+                and all(meets(run) for meets in conditions)
             ):
                 record = _record(run_id, run)
                 known = records.get(record.key)
                 if known is None or not known.finished:
                     records[record.key] = record
-        return sorted(records.values(), key=lambda record: (record.ended, record.run_id))
+        return sorted(records.values(), key=lambda r: (r.number, r.ended, r.run_id))
+
+    def has_check(self, champion: int, condition: str) -> bool:
+        """Whether any check against a champion meets a condition."""
+        return bool(self.checks(champion, condition))
+
+    def newest_checks(
+        self, champion: int, batches: Mapping[str, datetime | None] | None = None
+    ) -> list[CheckRecord]:
+        """List the checks against a champion: in memory, all are as near as the newest."""
+        del batches
+        return self.checks(champion)
 
     def check_record(self, run_id: str) -> CheckRecord:
         """Read one check again."""
@@ -408,6 +423,28 @@ class SimulatedRegistry(Registry):
 
     def _part(self, version: Version, part: str, load: Callable[[Path], T]) -> T:
         return self.shelf.get(f"{version.tags['digest']}/{part}", load)
+
+
+_CONDITION = re.compile(r"(metrics|tags)\.`([^`]+)` (=|!=|>) (.+)")
+_COMPARED: Mapping[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+}
+
+
+def _condition(words: str) -> Callable[[_Run], bool]:
+    """Read a condition in the words of MLflow; a run that lacks what it is about fails it."""
+    if (found := _CONDITION.fullmatch(words)) is None:
+        raise ValueError(f"no replay can tell whether a run meets {words!r}")
+    part, name, sign, text = found.groups()
+    value: float | str = float(text) if part == "metrics" else text.strip("'")
+
+    def meets(run: _Run) -> bool:
+        kept: Mapping[str, Any] = getattr(run, part)
+        return name in kept and _COMPARED[sign](kept[name], value)
+
+    return meets
 
 
 def _record(run_id: str, run: _Run) -> CheckRecord:

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import cast
-from uuid import NAMESPACE_OID, uuid5
+from uuid import NAMESPACE_OID, UUID, uuid5
 
 from prefect import flow, get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
@@ -44,14 +48,16 @@ from flows.fresh import (
     retrain_key,
 )
 from flows.history import show_in_prefect
+from flows.logs import log
 from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
 from flows.progress import CheckBar
-from flows.promote import promote
+from flows.promote import promote, promote_on
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
 from flows.retrain import LabelsRefusedError, RetrainError, retrain, retrain_on
 from flows.rollback import roll_back, rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
+from flows.shadow import load_shadow, out_of_shadow
 from flows.storage import FeedError
 from monitoring.policy import (
     Action,
@@ -59,6 +65,11 @@ from monitoring.policy import (
     decide_rollback,
     on_probation,
 )
+
+DRIFT = "drift.detected"
+"""The event that says that a model's data drifted and that it shall be trained."""
+MAX_ATTEMPTS = 20
+"""Runs of the deployment for the same labels; all of them failed or were killed."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +82,14 @@ class Plan:
         batches: all that the feed holds.
         pending: those without a finished check against the champion, oldest first.
         unsettled: checks whose batch has other labels than when they were last settled.
-        finished: the checks against the champion, oldest first.
+        finished: the newest checks against the champion, those of the feed among them, in order.
         failed: how many batches could not be checked, and have not changed since.
         asking: the newest check that asks for labels, if its list is not written yet.
         untold: there is something that people should have been told of.
         standing: the newest check that found damage, if it stands to be decided again.
         adapting: the newest check that asks for labels, if a challenger without labels is due.
-        waiting: such a challenger that can be judged now, since its labels came.
+        waiting: such a challenger that can be judged now, since its labels came, or one that has
+            answered its batches in the shadow.
         labels: all labels.
         decider: decides, by the fresh labels and by what happened before.
     """
@@ -138,7 +150,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     config = registry.config(champion)
     refuse_contradiction(settings, config)
     batches = registry.view.batches()
-    checks = registry.checks(champion.number)
+    checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
     stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
@@ -168,7 +180,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         asking=decider.asking(present),
         standing=decider.standing(present),
         adapting=drift_to_adapt_to(registry, settings, champion, present),
-        waiting=judgeable(registry, champion, labels),
+        waiting=judgeable(registry, champion, labels) or out_of_shadow(registry, champion),
         untold=bool(settings.notify.to and untold(registry, settings, now)),
         labels=labels,
         decider=decider,
@@ -187,6 +199,7 @@ def watch_on(registry: Registry) -> Watched:
     move = registry.observe_moves(now)
     if move is not None:
         show_in_prefect(registry)
+        log(settings, "champion.moved", version=move.after, before=move.before, by=move.by)
     plan = make_plan(registry, settings, now)
     champion = plan.champion
     checked, unread = check_all(registry, settings, plan) if plan.pending else ((), ())
@@ -203,6 +216,8 @@ def watch_on(registry: Registry) -> Watched:
             done = list_wanted_labels(registry, settings, plan, plan.asking)
         if plan.adapting is not None:
             done = "; ".join(filter(None, (done, adapt_to(registry, settings, plan.adapting))))
+    action, reason = decision.action.value, decision.reason
+    log(settings, "decided", version=champion.number, action=action, reason=reason, done=done)
     return Watched(
         champion=champion.number,
         move=move,
@@ -280,7 +295,8 @@ def check_all(
         What was checked, and what the storage did not give: that is tried again by the next run,
         and does not keep the other batches waiting.
     """
-    against = load_champion(registry, plan.champion)
+    shadow = load_shadow(registry, plan.champion)
+    against = load_champion(registry, plan.champion, shadow)
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
@@ -297,9 +313,27 @@ def check_all(
                 continue
             bar.on_check(done.samples)
             checked.append(done)
+            log_check(settings, done)
             if done.samples:
                 past.append(registry.check_record(done.run_id))
     return tuple(checked), tuple(unread)
+
+
+def log_check(settings: Settings, checked: Checked) -> None:
+    """Write what a check said, for machines."""
+    log(
+        settings,
+        "batch.checked",
+        version=checked.champion,
+        batch=checked.batch_id,
+        samples=checked.samples,
+        quarantined=checked.quarantined,
+        p_value=checked.p_value,
+        alarm=bool(checked.alarm),
+        accuracy=checked.estimated,
+        action=checked.action,
+        run=checked.run_id,
+    )
 
 
 def settle_all(
@@ -315,7 +349,8 @@ def settle_all(
     if plan.unsettled and on_probation(plan.decider.history, now, settings.policy):
         before = version_before(registry, plan.champion)
     by_id = {batch.id: batch for batch in plan.batches}
-    asked = any("sustain.requested" in record.tags for record in plan.finished)
+    requested = "tags.`sustain.requested` != ''"
+    asked = bool(plan.unsettled) and registry.has_check(plan.champion.number, requested)
     for record in plan.unsettled:
         if before is not None:  # first: a check counts as settled by what follows
             batch = by_id[record.key.batch_id]
@@ -334,7 +369,9 @@ def settle_all(
                 continue
         accuracy = settle_check(registry, record, plan.labels, asked=asked)
         if accuracy is not None:
-            settled[record.key.batch_id] = accuracy
+            batch_id, version = record.key.batch_id, record.key.champion
+            settled[batch_id] = accuracy
+            log(settings, "batch.settled", version=version, batch=batch_id, accuracy=accuracy)
     return settled
 
 
@@ -345,7 +382,8 @@ def _end_probation(
     if not on_probation(plan.decider.history, now, settings.policy):
         return None
     before = version_before(registry, plan.champion)
-    compared = None if before is None else compare(before, plan.finished)
+    answered = (plan.champion.number, "metrics.`before.n` > 0")
+    compared = None if before is None else compare(before, registry.checks(*answered))
     if before is None or compared is None:
         return None
     decision = decide_rollback(compared, plan.decider.history, now, settings.policy)
@@ -360,10 +398,14 @@ def _end_probation(
 
 
 def _judge_waiting(registry: Registry, plan: Plan) -> tuple[Decision, str] | None:
-    """Judge a challenger whose labels came; return why and what was done if it was promoted."""
+    """Judge a challenger that waited; return why and what was done if it was promoted."""
     if plan.waiting is None:
         return None
-    judged = promote(str(registry.settings.path), version=plan.waiting.number)
+    number = plan.waiting.number
+    if registry.live:
+        judged = promote(str(registry.settings.path), version=number)
+    else:
+        judged = promote_on(registry, number)
     return (Decision(Action.NONE, judged.words), judged.words) if judged.promoted else None
 
 
@@ -376,52 +418,77 @@ def start_retraining(
 ) -> str:
     """Tell the world of the drift and start the retrain flow; say what came of it.
 
-    A deployment `retrain/<model>` is started with an idempotency key, so that the same labels start
-    it once; without one the flow runs here and now.
+    A deployment `retrain/<model>` that an event starts is left to it; one that no event starts is
+    started here, with an idempotency key. Either way the same labels start it once, or once more
+    after each run that failed. Without a deployment the flow runs here and now.
     """
     settings = registry.settings
     batch = cause.key.batch_id
     why = f"drift in batch {batch}" if cause.alarm else f"due at batch {batch}: {decision.reason}"
-    if not registry.live:
-        return retrain_on(registry, why, cause.run_id).words
     name = settings.model.name
     key = retrain_key(champion.number, fresh, settings)
+    told = {"cause": why, "check": cause.run_id, "key": key}
+    if not registry.live:
+        return retrain_on(registry, **told).words
+    full_name = f"retrain/{name}"
+    with get_client(sync_client=True) as client:
+        deployment = _deployment(client, full_name)
+        runs = [] if deployment is None else _runs_for(client, deployment.id, key)
+        by_event = deployment is not None and _starts_by_event(client, deployment.id)
+    under_way = next((run for run in runs if not _ended_badly(run)), None)
+    if under_way is not None:
+        return f"the deployment {full_name} was started ({under_way.name})"
+    if len(runs) >= MAX_ATTEMPTS:
+        raise RegistryError(
+            f"the deployment {full_name} failed {len(runs)} times for these labels: see its runs in"
+            " Prefect"
+        )
+    attempt = f"{key}-{len(runs) + 1}"  # told again, it is still the same event
     emit_event(
-        event="drift.detected",
+        event=DRIFT,
         resource={"prefect.resource.id": f"drift.model.{name}", "prefect.resource.name": name},
         payload={
-            "window": cause.key.batch_id,
+            "window": batch,
             "champion": champion.number,
-            "check": cause.run_id,
             "reason": decision.reason,
+            **told,
         },
-        id=uuid5(NAMESPACE_OID, key),  # told again, it is still the same event
+        id=uuid5(NAMESPACE_OID, attempt),
     )
-    parameters = {"settings_path": str(settings.path), "cause": why, "check": cause.run_id}
-    deployment = f"retrain/{name}"
-    if not _deployed(deployment):
+    parameters = {"settings_path": str(settings.path), **told}
+    if deployment is None:
         return retrain(**parameters).words
-    for attempt in range(1, 100):
-        run = cast(
-            "FlowRun",  # typed as a coroutine too, for flows that are async
-            run_deployment(
-                deployment, parameters=parameters, timeout=0, idempotency_key=f"{key}-{attempt}"
-            ),
-        )
-        state = run.state
-        # a run that crashed or was cancelled keeps its key: the next attempt has one of its own
-        if state is None or not state.is_final() or state.is_completed():
-            return f"started the deployment {deployment} ({run.name})"
-    raise RegistryError(f"the deployment {deployment} failed 99 times for these labels")
+    if by_event:
+        return f"told the deployment {full_name} of the drift: it starts by itself"
+    run = cast(
+        "FlowRun",  # typed as a coroutine too, for flows that are async
+        run_deployment(full_name, parameters=parameters, timeout=0, idempotency_key=attempt),
+    )
+    return f"the deployment {full_name} was started ({run.name})"
 
 
-def _deployed(name: str) -> bool:
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_deployment_by_name(name)
-        except ObjectNotFound:
-            return False
-        return True
+def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    try:
+        return client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None
+
+
+def _runs_for(client: SyncPrefectClient, deployment: UUID, key: str) -> list[FlowRun]:
+    """List a deployment's newest runs for the retraining with this key."""
+    of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+    newest = FlowRunSort.EXPECTED_START_TIME_DESC
+    found = client.read_flow_runs(flow_run_filter=of_it, sort=newest, limit=200)
+    return [run for run in found if run.parameters.get("key") == key]
+
+
+def _starts_by_event(client: SyncPrefectClient, deployment: UUID) -> bool:
+    found = client.read_resource_related_automations(f"prefect.deployment.{deployment}")
+    return any(DRIFT in getattr(one.trigger, "expect", ()) for one in found)
+
+
+def _ended_badly(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_final() and not run.state.is_completed()
 
 
 def _on_record(record: CheckRecord) -> Decision:

@@ -1,6 +1,7 @@
 """`sustain webhook`: MLflow tells of a moved alias, and it takes effect in seconds.
 
-Without it a move takes effect at the next check: the receiver only runs `sustain watch` early.
+Without it a move takes effect at the next check: the receiver only runs `sustain watch` early. It
+also tells Prometheus what is on record.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
+from flows.metrics import Exporter
 from flows.registry import Registry
+from flows.servers import LOOPBACK, MLFLOW_PASSWORD, MLFLOW_USER, basic
 from flows.settings import Settings
 
 SECRET = "WEBHOOK_SECRET"  # noqa: S105 - the variable's name
@@ -110,13 +115,32 @@ class Watcher:
             subprocess.run(self.command, check=False)  # noqa: S603 - our own command line
 
 
-def make_app(settings: Settings, gatekeeper: Gatekeeper, watcher: Watcher) -> FastAPI:
-    """Make the receiver: POST /mlflow, and GET /health."""
+def make_app(
+    gatekeeper: Gatekeeper,
+    watchers: Mapping[str, Watcher],
+    exporter: Exporter,
+    login: str = "",
+) -> FastAPI:
+    """Make the receiver: POST /mlflow, GET /metrics and GET /health.
+
+    Args:
+        gatekeeper: says what is believed.
+        watchers: by model.
+        exporter: of the metrics.
+        login: `user:password` that /metrics asks for; empty for nothing.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/health")
     def health() -> str:
         return "OK"
+
+    @app.get("/metrics")
+    def metrics(request: Request) -> Response:
+        sent = request.headers.get("authorization", "")
+        if login and not hmac.compare_digest(sent.encode(), basic(login).encode()):
+            raise HTTPException(401, headers={"WWW-Authenticate": "Basic"})
+        return Response(exporter.text(time.monotonic()), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/mlflow")
     async def moved(request: Request) -> Response:
@@ -127,23 +151,27 @@ def make_app(settings: Settings, gatekeeper: Gatekeeper, watcher: Watcher) -> Fa
         except Refused as refused:
             raise HTTPException(refused.status, str(refused)) from refused
         data = told.get("data")
-        if isinstance(data, dict) and data.get("name") == settings.model.name:
-            watcher.ask()
+        if isinstance(data, dict) and data.get("name") in watchers:
+            watchers[data["name"]].ask()
         return Response(status_code=202)
 
     return app
 
 
-def serve(settings: Settings, port: int, *, register: str = "") -> None:
+def serve(
+    models: Sequence[Settings], port: int, *, host: str = LOOPBACK[0], register: str = ""
+) -> None:
     """Receive until it is stopped.
 
     Args:
-        settings: the model's.
-        port: on loopback; put a proxy with TLS before it to be reached from elsewhere.
+        models: whose moves and metrics.
+        port: to listen on.
+        host: address to listen on; anywhere but on loopback /metrics asks for the credentials of
+            MLflow's clients. Put a proxy with TLS before it to be reached from elsewhere.
         register: the receiver's address as MLflow's server sees it; MLflow is told to call it.
 
     Raises:
-        WebhookError: there is no secret in the environment.
+        WebhookError: there is no secret, or there are no credentials, in the environment.
     """
     secret = os.environ.get(SECRET, "")
     if not secret:
@@ -151,7 +179,16 @@ def serve(settings: Settings, port: int, *, register: str = "") -> None:
             f"the environment variable {SECRET} is not set: MLflow signs its messages with it, and"
             " nobody else's are believed (openssl rand -hex 32)"
         )
+    user, password = os.environ.get(MLFLOW_USER, ""), os.environ.get(MLFLOW_PASSWORD, "")
+    login = "" if host in LOOPBACK else f"{user}:{password}"
+    if login and not (user and password):
+        raise WebhookError(
+            f"to listen on {host}, where others can call, {MLFLOW_USER} and {MLFLOW_PASSWORD} are"
+            " needed in the environment: /metrics asks for them"
+        )
+    registries = [Registry(settings) for settings in models]
     if register:
-        Registry(settings).call_on_moves(f"{register.rstrip('/')}/mlflow", secret)
-    app = make_app(settings, Gatekeeper(secret), Watcher(settings))
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+        registries[0].call_on_moves(f"{register.rstrip('/')}/mlflow", secret)
+    watchers = {settings.model.name: Watcher(settings) for settings in models}
+    app = make_app(Gatekeeper(secret), watchers, Exporter(registries), login)
+    uvicorn.run(app, host=host, port=port, log_level="warning")

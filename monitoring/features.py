@@ -313,6 +313,8 @@ def _fixed_size_lists(matrix: Floats) -> pa.Array:
 
 
 def _matrix(column: pa.ChunkedArray) -> Floats:
+    if not pa.types.is_fixed_size_list(column.type):
+        raise ValueError(f"rows of one length are needed, got {column.type}")
     width = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
     flat = (

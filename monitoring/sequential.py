@@ -36,6 +36,7 @@ CUSUM_DRIFT = 0.5
 
 JOINT = "joint test"
 NOVELTY = "novelty"
+CUSUM = "cusum"
 CLASS_BETS = 64
 """At most 32 classes, each rarer or more common: what a tag has room for."""
 JOINT_WEIGHT, NOVELTY_WEIGHT, CLASSES_WEIGHT = 0.4, 0.4, 0.2
@@ -196,6 +197,27 @@ class Running:
     sums: Mapping[str, float] = field(default_factory=dict)
     since: int = 0
 
+    def to_json(self) -> str:
+        """Write it as the next check may begin with it; the logarithms keep three decimals."""
+        sums = {name: round(value, 3) for name, value in self.sums.items()}
+        content = {"since": self.since, "sums": sums}
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Running:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: if it is something else.
+
+        """
+        try:
+            content = json.loads(text)
+            sums = {str(name): float(value) for name, value in content["sums"].items()}
+            return cls(sums, int(content["since"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"this is no running sum of a stream: {text[:80]!r}") from error
+
 
 def step(
     before: Running, one: StreamEvidence, settings: StreamSettings, alpha: float
@@ -276,8 +298,8 @@ def _cusum(
 ) -> tuple[Mapping[str, float], float, float, str]:
     """Sum z - 1/2 from zero up, where z is the normal quantile of 1 - p (Page 1954)."""
     z = -float(scipy.special.ndtri(np.clip(one.p_value, 1e-300, 1 - 1e-9)))
-    value = max(0.0, before.get(JOINT, 0.0) + z - CUSUM_DRIFT)
-    return {JOINT: value}, value, _cusum_threshold(run_length), JOINT
+    value = max(0.0, before.get(CUSUM, 0.0) + z - CUSUM_DRIFT)
+    return {CUSUM: value}, value, _cusum_threshold(run_length), JOINT
 
 
 @functools.lru_cache

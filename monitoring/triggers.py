@@ -101,7 +101,8 @@ def parse_trigger(value: object, where: str = "") -> Trigger:
 def _table(value: Mapping[str, object], where: str) -> Trigger:
     keys = set(value)
     if keys in ({"schedule"}, {"schedule", "timezone"}):
-        return _schedule(value["schedule"], value.get("timezone", "UTC"), where)
+        names = (_below(where, "schedule"), _below(where, "timezone"))
+        return read_schedule(value["schedule"], value.get("timezone", "UTC"), names)
     if keys == {"at_least", "of"}:
         of, n = _list(value["of"], _below(where, "of")), value["at_least"]
         if not (_whole(n) and 1 <= n <= len(of)):
@@ -142,17 +143,22 @@ def _limit(measure: Measure, number: object, where: str) -> Limit:
     return Limit(measure, real)
 
 
-def _schedule(cron: object, timezone: object, where: str) -> Schedule:
+def read_schedule(cron: object, timezone: object, names: tuple[str, str]) -> Schedule:
+    """Read a crontab line and its time zone; `names` are what the user calls the two.
+
+    Raises:
+        ValueError: it is none, or never comes; the message says what is needed.
+    """
     try:
         ZoneInfo(str(timezone))
     except (KeyError, ValueError, OSError):
         raise ValueError(
-            f"{_stated(_below(where, 'timezone'), timezone)} is no time zone"
+            f"{_stated(names[1], timezone)} is no time zone"
             f"{_did_you_mean(str(timezone), sorted(available_timezones()))}; allowed: names such "
             "as 'UTC' or 'Europe/Berlin'"
         ) from None
     form = "minute, hour, day of month, month, day of week, such as '0 3 * * 0' for Sundays at 3:00"
-    said = _stated(_below(where, "schedule"), cron)
+    said = _stated(names[0], cron)
     if not (isinstance(cron, str) and len(cron.split()) == CRON_FIELDS):
         raise ValueError(f"{said} is no crontab line: five fields are needed: {form}")
     schedule = Schedule(cron, str(timezone))

@@ -79,7 +79,7 @@ def reestimate(network: Body, pixels: Tensor, *, share: float = 1.0, batch_size:
     if len(pixels) < 2:  # noqa: PLR2004 - nothing varies over one
         raise BatchNormError(f"statistics need at least 2 pictures, got {len(pixels)}")
     tuned = copy.deepcopy(network)
-    layers = [m for m in tuned.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = _with_statistics(tuned)
     if not layers:
         raise BatchNormError(
             f"{_name(network)} has no batch-norm layer whose statistics could be re-estimated"
@@ -102,6 +102,11 @@ def reestimate(network: Body, pixels: Tensor, *, share: float = 1.0, batch_size:
     for part, training in modes.items():
         part.training = training
     return tuned
+
+
+def has_statistics(network: nn.Module) -> bool:
+    """Whether a network has batch-norm statistics that can be re-estimated; a bank has not."""
+    return bool(_with_statistics(network))
 
 
 class DomainNorm(nn.Module):
@@ -310,6 +315,10 @@ def _router(bank: nn.Module) -> DomainNorm:
 
 def _append(known: Tensor, new: Tensor, first: bool) -> Tensor:
     return new if first else torch.cat([known, new])
+
+
+def _with_statistics(network: nn.Module) -> list[_BatchNorm]:
+    return [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 def _zeros(layer: _BatchNorm) -> Tensor:

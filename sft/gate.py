@@ -52,6 +52,7 @@ class GateSettings:
         max_latency_ratio: CPU time of an answer, as a multiple of the champion's.
         max_bytes: of the weights; 0 for no limit.
         approval: `auto`, or `manual`: what the gate lets through waits for a person.
+        shadow_batches: batches that a challenger answers beside the champion before it is judged.
     """
 
     alpha: float = 0.05
@@ -63,6 +64,7 @@ class GateSettings:
     max_latency_ratio: float = 2.0
     max_bytes: int = 0
     approval: Literal["auto", "manual"] = "auto"
+    shadow_batches: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
@@ -74,8 +76,9 @@ class GateSettings:
             raise ValueError(f"min_fresh must be at least 1, got {self.min_fresh}")
         if not self.max_latency_ratio > 0:
             raise ValueError(f"max_latency_ratio must be positive, got {self.max_latency_ratio}")
-        if self.max_bytes < 0:
-            raise ValueError(f"max_bytes must not be negative, got {self.max_bytes}")
+        for name in ("max_bytes", "shadow_batches"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def level(self, judged_before: int) -> float:
         """Give the level of the next challenger, once so many were judged: alpha/(k(k + 1)).

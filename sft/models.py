@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -369,6 +370,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = load_safetensors(path.read_bytes())
         else:
+            _refuse_zip_bomb(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"no weights at {path}") from error
@@ -384,6 +386,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in state):  # saved from a DataParallel
         return {name.removeprefix("module."): value for name, value in state.items()}
     return dict(state)
+
+
+def _refuse_zip_bomb(path: Path) -> None:
+    """Refuse a file that unpacks to more than it holds; torch writes zip files uncompressed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            odd = [one.filename for one in packed.infolist() if one.file_size > one.compress_size]
+        if odd:
+            raise ValueError(f"{odd[0]} in it is compressed, which torch never writes")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ are right.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -47,6 +48,10 @@ HARD_SECOND = 0.2
 """Hard pictures with right labels: the surest agree in .6 or more, the less sure half in less than
 half of that, disagreements are spread over the classes, and the second guess is seldom the given
 label (.16 on digits under `image-medium`, .27 to .30 on PACS art with 60 % "next class")."""
+LEAST_VOUCHED = 0.5
+"""Share of the labels that an adapted champion must vouch for: more right ones than wrong ones."""
+NO_CHANCE = 3.0
+"""Standard errors by which it must agree more often than with shuffled labels."""
 RENAMED_GAIN = 0.25
 RENAMED_LEAST = 0.5
 """Classes are mixed up when renaming them brings the champion's agreement with the labels to half
@@ -145,6 +150,7 @@ def judge_labels(
     settings: NoiseSettings,
     old_embeddings: NDArray[np.floating] | None = None,
     old_labels: Integers | None = None,
+    adapted: Callable[[], NDArray[np.floating]] | None = None,
     seed: int = 0,
 ) -> LabelVerdict:
     """Judge the labels of a delivery.
@@ -158,6 +164,9 @@ def judge_labels(
         settings: limits, and what follows.
         old_embeddings: (m, d), the champion's, of samples of its memory.
         old_labels: (m,), theirs.
+        adapted: gives (n, c), the answers of the champion with batch-norm statistics of these very
+            pictures. It is only asked when the delivery would be stopped, and can vouch for it:
+            through a drifted sensor embeddings are muddled, and right labels look wrong.
         seed: draws `OLD_SAMPLES` of the old ones, and the chunks of a large delivery.
 
     Raises:
@@ -174,9 +183,12 @@ def judge_labels(
         scores[part] = _leave_one_out(x[part], given[part], old_x, old_y, len(classes))
     suspicious, likely, doubt = _confident_learning(scores, given, champion, counts, settings)
     agreement = _agreement(scores, given)
-    return _verdict(
-        agreement, _mixed_up(champion, given, classes), suspicious, likely, doubt, settings
-    )
+    mixed_up = _mixed_up(champion, given, classes)
+    verdict = partial(_verdict, agreement, mixed_up, suspicious, likely, doubt, settings)
+    judged = verdict()
+    if not judged.stop or mixed_up or adapted is None:
+        return judged
+    return verdict(vouched=_vouched(_checked(x, given, adapted(), classes)[2], given))
 
 
 def not_judged(given: Integers, words: str) -> LabelVerdict:
@@ -361,6 +373,22 @@ def _agreement(scores: Floats, labels: Integers) -> _Agreement:
     )
 
 
+def _vouched(adapted: Floats, labels: Integers) -> float:
+    """Estimate the share of right labels by how often a champion agrees with them.
+
+    If it were right as often as it is sure, agreement beyond chance would shrink with the share of
+    wrong labels. It is less often right, so the estimate is too low rather than too high.
+    """
+    n, classes = adapted.shape
+    predicted = adapted.argmax(axis=1)
+    counts = (np.bincount(rows, minlength=classes) for rows in (predicted, labels))
+    chance = float(np.dot(*counts)) / n**2
+    beyond = float((predicted == labels).mean() - chance)
+    if beyond < NO_CHANCE * math.sqrt(chance * (1 - chance) / n):
+        return 0.0
+    return min(1.0, beyond / max(float(adapted.max(axis=1).mean() - chance), beyond))
+
+
 def _mixed_up(champion: Floats, labels: Integers, classes: Sequence[str]) -> str:
     """Say which classes seem renamed, in the champion's eyes; empty when none do."""
     table = np.zeros((len(classes),) * 2)
@@ -391,13 +419,14 @@ def _verdict(
     likely: Integers,
     doubt: Floats,
     settings: NoiseSettings,
+    vouched: float = 0.0,
 ) -> LabelVerdict:
     share = 1 - agreement.sure
     wrong = stats.binomtest(round(share * agreement.counted), agreement.counted)
     interval = wrong.proportion_ci(0.95, method="wilson")
     low, high = float(interval.low), float(interval.high)
     many = share > settings.max_wrong_share
-    hard = many and agreement.hard
+    hard = many and (agreement.hard or vouched >= LEAST_VOUCHED)
     listed = f"{int(suspicious.sum())} of {len(suspicious)} labels are suspicious"
     about = f"about {share:.0%} are wrong ({low:.0%} to {high:.0%})"
     if mixed_up:
@@ -405,6 +434,11 @@ def _verdict(
     elif hard:
         low = 0.0
         words = f"{listed}; the pictures are hard, so at most {share:.0%} are wrong"
+        if vouched:
+            words += (
+                "; the champion, once adapted to these pictures, agrees with the labels as if at"
+                f" least {vouched:.0%} were right"
+            )
     elif many:
         words = (
             f"{listed}, and {about}, more than max_wrong_share = {settings.max_wrong_share}: even"

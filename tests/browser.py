@@ -29,7 +29,7 @@ def find_chromium() -> str:
 
 @contextmanager
 def open_tab(height: int = 800, script: str = "") -> Iterator[Page]:
-    """Open a tab, 1280 wide; `script` runs in every page before the page's own.
+    """Open a tab, 1280 wide; `script` runs in every page that it opens, before the page's own.
 
     No flow may run inside: Playwright keeps an event loop in this thread, and Prefect would use it.
     """
@@ -41,8 +41,8 @@ def open_tab(height: int = 800, script: str = "") -> Iterator[Page]:
         try:
             tab = browser.new_page(viewport={"width": 1280, "height": height})
             if script:
-                tab.add_init_script(script)
-            tab.set_default_timeout(30_000)
+                tab.context.add_init_script(script)
+            tab.context.set_default_timeout(30_000)
             yield tab
         finally:
             browser.close()

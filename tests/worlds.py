@@ -89,8 +89,24 @@ def make_world(
     With `label`, which writes the label of a digit, labels come in a metadata file; `model` is
     more of the section [model], and `change` what is replaced in the settings, and by what.
     """
-    from flows import demo
     from flows.bootstrap import bootstrap
+
+    path = lay_out(root, name, extra, model=model, change=change, label=label)
+    bootstrap(str(path), data=str(root / "first"))
+    return World(path)
+
+
+def lay_out(
+    root: Path,
+    name: str,
+    extra: str = "",
+    *,
+    model: str = "",
+    change: tuple[str, str] = ("", ""),
+    label: Callable[[int], str] | None = None,
+) -> Path:
+    """Write what `make_world` starts from: settings, an empty feed, and labelled digits."""
+    from flows import demo
 
     (root / "feed").mkdir(parents=True)
     (root / "labels").mkdir()
@@ -103,8 +119,7 @@ def make_world(
         rows = [f"{d}/{i:05d}.png,{label(int(d))}" for i, d in enumerate(digits.labels)]
         text = "\n".join(["file_name,label", *rows, ""])
         (root / "first" / "metadata.csv").write_text(text)
-    bootstrap(str(path), data=str(root / "first"))
-    return World(path)
+    return path
 
 
 def free() -> int:

@@ -4,20 +4,23 @@
 (B), negatives of MNIST (C), MNIST under low contrast and noise (D). Labels of three fifths of a
 batch come two batches later. Two deliveries are poisoned: in one 60 % of the labels are random, in
 the other every label is the next class; eighteen batches after each began, somebody corrects it.
-Once a person moves the alias by hand, and back.
+Once a person moves the alias by hand, and back. The feed keeps the batches of six days.
 
-Nothing is mocked but time: a day lasts as long as DAY batches take.
+Nothing is mocked but time: DAY batches are a day, by a clock that the flows read.
 """
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -27,16 +30,21 @@ from results import Figure, write
 from rich.progress import track
 
 if TYPE_CHECKING:
+    from flows.history import Tenure
     from flows.registry import Registry, Version
 
 BATCHES, SIZE, LABELLED, LATE, DAY = 200, 40, 24, 2, 7
+KEPT = 6 * DAY
+"""Batches that the feed holds: a new champion is held against them."""
 PROBATION_DAYS = 14
-SECONDS_A_BATCH = 5.0
-"""About what a batch takes on this machine: only how long probation is depends on it."""
 POISON = {"random": range(100, 114), "next class": range(150, 164)}
 CORRECTED = {"random": 118, "next class": 168}
 BY_HAND = (95, 97)
-MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
+DATA = Path(os.environ.get("BENCH_DATA", Path(__file__).parents[3] / "shared" / "data"))
+PICTURE = Path(__file__).parents[2] / "docs" / "month.png"
+COLOURS = {"A": "white", "B": "#dbe9f6", "C": "#fde0c5", "D": "#dcecd2", "AB": "#eef4fa"}
+WORDS = {"A": "MNIST", "B": "optical", "C": "negatives", "D": "noisy", "AB": "A+B", "ABD": "A+B+D"}
+MOVES = {"promoted": "#2a7d3b", "rolled back": "#b04040", "by hand": "#7d5fa0"}
 WINDOW = 10
 SETTINGS = """\
 [model]
@@ -51,8 +59,31 @@ prefect_home = "prefect"
 epochs = 20
 
 [policy]
-probation_days = {probation:.6f}
+probation_days = {probation}
 """
+
+
+class Clock(datetime):
+    """The month's clock: each look at it takes a second, each batch the DAY-th part of a day."""
+
+    moment: ClassVar[datetime] = datetime(2026, 1, 1, tzinfo=UTC)
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # no Clock
+        """Tell the time."""
+        cls.moment += timedelta(seconds=1)
+        return cls.moment.astimezone(tz)
+
+
+@dataclass(frozen=True)
+class Lived:
+    """What happened: a line for each batch in which something did, and who served which batch.
+
+    `served` holds the champion after each batch, the version before it, and the time.
+    """
+
+    events: list[str]
+    served: list[tuple[int, int | None, datetime]]
 
 
 @dataclass(frozen=True)
@@ -107,66 +138,106 @@ def live(root: Path) -> list[Figure]:
     (root / "feed").mkdir()
     (root / "labels").mkdir()
     path = root / "sustain.toml"
-    probation = PROBATION_DAYS * DAY * SECONDS_A_BATCH / 86_400
-    path.write_text(SETTINGS.format(probation=probation))
+    path.write_text(SETTINGS.format(probation=float(PROBATION_DAYS)))
     settings = load_settings(path, environ={})
     export_to_environment(settings)
 
     from flows.bootstrap import bootstrap
     from flows.history import read_history
     from flows.registry import Registry
-    from flows.watch import watch
 
+    Clock.moment = datetime.now(UTC)  # MLflow's own times lie in the month's first minutes
+    for flow in ("bootstrap", "promote", "retrain", "rollback", "watch"):
+        importlib.import_module(f"flows.{flow}").__dict__["datetime"] = Clock
     demo._write_class_folders(root / "first", demo._mnist()[:3500])
     bootstrap(str(path), data=str(root / "first"))
     registry = Registry(settings)
     month = list(stream())
-    served: list[tuple[int, int | None]] = []
-    events: list[str] = []
-    for number, batch in enumerate(track(month, description="batches")):
-        arrive(root, batch)
-        if number >= LATE:
-            label(root, month[number - LATE])
-        for kind, when in CORRECTED.items():
-            if number == when:
-                correct(root, [month[i] for i in POISON[kind]])
-        if number in BY_HAND and len(registry.versions()) > 1:
-            other = 1 if number == BY_HAND[0] else served[-2][0]
-            registry.set_alias("champion", registry.version(other))
-        watched = watch(str(path))
-        champion = registry.champion()
-        before = champion.tags.get("promoted_from")
-        served.append((champion.number, int(before) if before else None))
-        if watched.done:
-            events.append(f"{batch.name} ({batch.world}): {watched.done}")
-    print("\n".join(events))  # noqa: T201 - the story of the month
-    for tenure in read_history(registry):
-        print(tenure.words)  # noqa: T201
-    return figures(registry, month, served)
+    lived = Lived([], [])
+    for number in track(range(len(month)), description="batches"):
+        live_through(root, registry, month, number, lived)
+    history = read_history(registry)
+    print("\n".join([*lived.events, *(tenure.words for tenure in history)]))  # noqa: T201
+    right = right_of_all(registry, month, lived)
+    draw(PICTURE, month, lived, right, history)
+    return figures(registry, month, lived, right, history)
+
+
+def live_through(
+    root: Path, registry: Registry, month: Sequence[Batch], number: int, lived: Lived
+) -> None:
+    """Let a batch, what labels are due and what a person does come, and watch."""
+    from flows.watch import watch
+
+    batch = month[number]
+    Clock.moment += timedelta(days=1 / DAY)
+    arrive(root, batch)
+    if number >= KEPT:
+        shutil.rmtree(root / "feed" / month[number - KEPT].name)
+    if number >= LATE:
+        label(root, month[number - LATE])
+    for kind, when in CORRECTED.items():
+        if number == when:
+            correct(root, [month[i] for i in POISON[kind]])
+    if number in BY_HAND:
+        before = lived.served[BY_HAND[0] - 1][0]
+        other = 1 if number == BY_HAND[0] else before
+        registry.set_alias("champion", registry.version(other))
+    watched = watch(str(registry.settings.path))
+    champion = registry.champion()
+    before_it = champion.tags.get("promoted_from")
+    lived.served.append((champion.number, int(before_it) if before_it else None, Clock.moment))
+    if watched.move is not None:
+        lived.events.append(f"{batch.name} ({batch.world}): seen, {watched.move}")
+    if watched.done:
+        lived.events.append(f"{batch.name} ({batch.world}): {watched.done}")
+
+
+def right_of_all(
+    registry: Registry, month: Sequence[Batch], lived: Lived
+) -> dict[int, NDArray[np.float64]]:
+    """Give the true accuracy on every batch, (batches,), of every version that ever served."""
+    numbers = {n for now, before, _ in lived.served for n in (now, before) if n is not None}
+    return {n: _right(registry, n, month) for n in sorted(numbers | {1})}
+
+
+def longest_loss(lived: Lived, right: dict[int, NDArray[np.float64]]) -> int:
+    """Count for how many batches on end the champion did worse than the version before it.
+
+    Each batch is taken together with those of the WINDOW before it that the same two lived through.
+    """
+    pairs = [(now, before) for now, before, _ in lived.served]
+    worse, longest = 0, 0
+    for i, (now, before) in enumerate(pairs):
+        first = i
+        while first > max(0, i - WINDOW + 1) and pairs[first - 1] == pairs[i]:
+            first -= 1
+        part = slice(first, i + 1)
+        lost = before is not None and right[now][part].mean() < right[before][part].mean()
+        worse = worse + 1 if lost else 0
+        longest = max(longest, worse)
+    return longest
 
 
 def figures(
-    registry: Registry, month: list[Batch], served: list[tuple[int, int | None]]
+    registry: Registry,
+    month: Sequence[Batch],
+    lived: Lived,
+    right: dict[int, NDArray[np.float64]],
+    history: Sequence[Tenure],
 ) -> list[Figure]:
     """Hold what served against the truth that nobody knew."""
-    from flows.history import read_history
+    from flows.history import champion_at
 
-    numbers = {n for pair in served for n in pair if n is not None} | {1}
-    right = {n: _right(registry, n, month) for n in sorted(numbers)}
-    ours = np.array([right[n][i] for i, (n, _) in enumerate(served)])
+    ours = np.array([right[now][i] for i, (now, _, _) in enumerate(lived.served)])
     never = right[1]
-    worse, longest = 0, 0
-    for i, (now, before) in enumerate(served):
-        first = max(0, i - WINDOW + 1)
-        same = before is not None and all(served[j] == (now, before) for j in range(first, i + 1))
-        lost = same and right[now][first : i + 1].mean() < right[before or 1][first : i + 1].mean()
-        worse = worse + 1 if lost else 0
-        longest = max(longest, worse)
-    moves = read_history(registry)
-    unexplained = sum(not (move.by and move.why) for move in moves)
-    poisoned = [v for v in registry.versions() if _learned_poison(registry, v, month)]
-    kept = [v for v in poisoned if served[-1][0] == v.number]
-    stopped = sum("let a person look" in c.reason for c in registry.checks(None))
+    longest = longest_loss(lived, right)
+    told = [champion_at(history, when) for _, _, when in lived.served]
+    astray = sum(
+        tenure is None or tenure.version != now
+        for tenure, (now, _, _) in zip(told, lived.served, strict=True)
+    )
+    unexplained = sum(not (tenure.by and tenure.why) for tenure in history)
     drifted = np.array([b.world != "A" for b in month])
     return [
         Figure("batches", len(month), "≥ 200", len(month) >= BATCHES, {}),
@@ -192,20 +263,98 @@ def figures(
             longest <= PROBATION_DAYS * DAY,
             {},
         ),
-        Figure("moves of the champion", len(moves), "≥ 3", len(moves) >= 3, {}),
+        Figure("moves of the champion", len(history), "≥ 3", len(history) >= 3, {}),
         Figure("moves that the history does not explain", unexplained, "0", unexplained == 0, {}),
         Figure(
-            "versions trained on poison that serve at the end",
-            len(kept),
-            "0",
-            not kept,
-            {
-                "trained on poison": len(poisoned),
-                "checks whose delivery went to a person": stopped,
-                "rolled back": sum(v.rolled_back for v in poisoned),
-            },
+            "batches for which the history names another champion", astray, "0", astray == 0, {}
         ),
+        *(poison_figure(registry, month, lived, kind) for kind in POISON),
     ]
+
+
+def poison_figure(registry: Registry, month: Sequence[Batch], lived: Lived, kind: str) -> Figure:
+    """Say what became of a poisoned delivery, and of the versions that were trained on it."""
+    from flows.history import read_history
+
+    first = POISON[kind][0]
+    after = [part[0] for part in POISON.values() if part[0] > first]
+    theirs = range(first, min(after, default=BATCHES))
+    stopped = sum(
+        "let a person look" in check.reason and int(check.key.batch_id[1:]) in theirs
+        for check in registry.checks(None)
+    )
+    trained = [v for v in registry.versions() if _learned_poison(registry, v, month, kind)]
+    promoted = {tenure.version for tenure in read_history(registry)}
+    served = [v for v in trained if v.number in promoted]
+    back = [v for v in served if v.rolled_back and "by hand" not in v.tags.get("reason", "")]
+    return Figure(
+        f"poison, {kind}: versions trained on it that were promoted and did not come back by"
+        " themselves",
+        len(served) - len(back),
+        "0",
+        len(served) == len(back),
+        {
+            "checks whose labels went to a person untrained": stopped,
+            "trained": len(trained),
+            "of these promoted": len(served),
+            "rolled back by itself": len(back),
+            "batches that they served": sum(
+                now in {v.number for v in served} for now, _, _ in lived.served
+            ),
+        },
+    )
+
+
+def draw(
+    path: Path,
+    month: Sequence[Batch],
+    lived: Lived,
+    right: dict[int, NDArray[np.float64]],
+    history: Sequence[Tenure],
+) -> None:
+    """Draw the accuracy of what served beside version 1's, the worlds, the poison and the moves."""
+    from matplotlib.figure import Figure as Drawing
+
+    figure = Drawing(figsize=(11, 5), layout="constrained")
+    axis = figure.subplots()
+    numbers = np.arange(len(month))
+    begins = [i for i in numbers if i == 0 or month[i].world != month[i - 1].world]
+    for begin, end in zip(begins, [*begins[1:], len(month)], strict=True):
+        world = month[begin].world
+        axis.axvspan(begin - 0.5, end - 0.5, color=COLOURS.get(world, "#eeeeee"), zorder=0)
+        axis.text((begin + end - 1) / 2, 0.02, WORDS[world], ha="center", fontsize=8)
+    for kind, where in POISON.items():
+        axis.axvspan(where[0], where[-1], ymax=0.12, ymin=0.06, color="#b04040", alpha=0.6)
+        axis.text(where[0], 0.14, f"wrong labels: {kind}", fontsize=8, color="#b04040")
+    ours = np.array([right[now][i] for i, (now, _, _) in enumerate(lived.served)])
+    kernel = np.ones(5)
+    for values, words, colour in (
+        (right[1], "version 1 for ever", "#999999"),
+        (ours, "what served", "#1f4e8c"),
+    ):
+        smooth = np.convolve(values, kernel, "same") / np.convolve(
+            np.ones(len(values)), kernel, "same"
+        )
+        axis.plot(numbers, smooth, label=words, color=colour)
+    times = np.array([when.timestamp() for _, _, when in lived.served])
+    for tenure in history[1:]:
+        at = int(np.searchsorted(times, tenure.since.timestamp()))
+        kind = "rolled back" if tenure.by.startswith("rollback") else "promoted"
+        colour = MOVES["by hand" if tenure.seen else kind]
+        axis.axvline(at, color=colour, ls="--", lw=1)
+        axis.text(at + 0.4, 1.02, f"v{tenure.version}", fontsize=8, color=colour)
+    for words, colour in (
+        ("promoted", "#2a7d3b"),
+        ("rolled back", "#b04040"),
+        ("by hand", "#7d5fa0"),
+    ):
+        axis.plot([], [], color=colour, ls="--", lw=1, label=words)
+    axis.set_xlim(-0.5, len(month) - 0.5)
+    axis.set_ylim(0, 1.08)
+    axis.set_xlabel(f"batch ({DAY} a day)")
+    axis.set_ylabel("true accuracy, mean of 5 batches")
+    axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=90)
 
 
 def arrive(root: Path, batch: Batch) -> None:
@@ -222,7 +371,7 @@ def label(root: Path, batch: Batch) -> None:
     _write_labels(root / "labels" / f"{batch.name}.csv", [(batch, batch.told)])
 
 
-def correct(root: Path, batches: list[Batch]) -> None:
+def correct(root: Path, batches: Sequence[Batch]) -> None:
     """Let the right labels of poisoned batches come."""
     name = f"{batches[0].name}-corrected.csv"
     _write_labels(root / "labels" / name, [(batch, batch.truth) for batch in batches])
@@ -239,7 +388,7 @@ def _write_labels(path: Path, told: list[tuple[Batch, NDArray[np.int64]]]) -> No
     partial.rename(path)
 
 
-def _right(registry: Registry, number: int, month: list[Batch]) -> NDArray[np.float64]:
+def _right(registry: Registry, number: int, month: Sequence[Batch]) -> NDArray[np.float64]:
     """Give a version's true accuracy on every batch, (batches,)."""
     network = registry.network(registry.version(number))
     return np.array(
@@ -250,19 +399,17 @@ def _right(registry: Registry, number: int, month: list[Batch]) -> NDArray[np.fl
     )
 
 
-def _learned_poison(registry: Registry, version: Version, month: list[Batch]) -> bool:
-    """Whether a version, not its parents alone, was trained on labels that were wrong."""
-    if version.parent is None:
-        return False
+def _learned_poison(
+    registry: Registry, version: Version, month: Sequence[Batch], kind: str
+) -> bool:
+    """Whether a version, or a parent whose labels it did not correct, learned wrong labels."""
     learned = registry.learned(version).drop_duplicates("sample_id")
     told = dict(zip(learned["sample_id"], learned["label"], strict=True))
-    wrong = sum(
+    return any(
         told.get(f"{batch.name}/{place:02d}.png", str(truth)) != str(truth)
-        for numbers in POISON.values()
-        for batch in (month[i] for i in numbers)
+        for batch in (month[i] for i in POISON[kind])
         for place, truth in enumerate(batch.truth)
     )
-    return wrong > 0
 
 
 def _pixels(pictures: NDArray[np.uint8]) -> torch.Tensor:
@@ -287,8 +434,8 @@ def _world(name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _mnist() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    raw = gzip.decompress((MNIST / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
-    told = gzip.decompress((MNIST / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
+    raw = gzip.decompress((DATA / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
+    told = gzip.decompress((DATA / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
     pictures = np.frombuffer(raw, dtype=np.uint8).reshape(-1, 28, 28)
     return pictures, np.frombuffer(told, dtype=np.uint8).astype(np.int64)
 

@@ -67,6 +67,7 @@ def _plain(figure: Figure) -> dict[str, Any]:
 
 
 def put_into_readme(name: str, table: str) -> None:
+    """Replace what stands between the README's markers of that name, if it has any."""
     readme = Path(__file__).parents[2] / "README.md"
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     pattern = f"{re.escape(begin)}.*?{re.escape(end)}"

@@ -10,11 +10,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import realdata
 from sft_worlds import MEMORY, VALIDATING, Arrival, World, remember
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flows.settings import load_settings
 from sft import after
 from sft.augment import Augmentation
 from sft.averaging import After, ensemble, greedy_soup, uniform_soup
@@ -24,6 +27,7 @@ from sft.dataset import LabelledPictures, join
 from sft.evaluate import answer, mean_loss
 from sft.models import Network
 from sft.schedules import Optimiser, Schedule
+from sft.speed import ComputeSettings
 from sft.strategies import Strategy
 from sft.train import TrainingSettings, fine_tune
 
@@ -32,6 +36,13 @@ OLD = round(MEMORY * (1 - VALIDATING))
 SOUP = 3
 """Networks of a soup or an ensemble, each of its own seed."""
 HEAD_EPOCHS = 10
+FINDINGS = str(realdata.CACHE / "findings")
+COMPUTE = ComputeSettings(findings=FINDINGS)
+RECIPE = load_settings(
+    Path(__file__).parents[2] / "deployments" / "recipes" / "photographs.toml",
+    {"SUSTAIN_MODEL_NAME": "photographs"},
+)
+"""What is ours for photographs."""
 
 
 @dataclass(eq=False)
@@ -44,7 +55,8 @@ class Turn:
     memory: LabelledPictures
     memory_validation: LabelledPictures
     settings: TrainingSettings
-    cache: ActivationCache = field(default_factory=ActivationCache)
+    compute: ComputeSettings
+    cache: ActivationCache
     steps: int = 0
     began: float = field(default_factory=time.process_time)
 
@@ -68,6 +80,7 @@ class Turn:
             memory=self.memory,
             validation=self.validation,
             cache=self.cache,
+            compute=self.compute,
         )
         fresh = max(1, settings.batch_size - round(settings.batch_size * settings.rehearsal))
         self.steps += len(tuned.epochs) * math.ceil(len(self.arrival.fresh) / fresh)
@@ -84,6 +97,7 @@ class Method:
     make: Maker
     settings: TrainingSettings = DEFAULT
     needs_norms: bool = False
+    compute: ComputeSettings = COMPUTE
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class Outcome:
 
     Attributes:
         domains: the first one, then those that arrived.
-        accuracies: (stages, domains), in percent, after each stage.
+        accuracies: (stages, domains), in percent, after each stage; NaN where no figure needs it.
         before: of the champion, on each domain.
         seconds: CPU time of each stage.
         steps: of the optimiser, of each stage.
@@ -131,6 +145,7 @@ def follow(world: World, method: Method, seed: int) -> Outcome:
     """Go through a stream with a method; the memory grows by what was learned."""
     network, memory, validation = world.champion, world.memory, world.memory_validation
     accuracies, seconds, steps = [], [], []
+    _probe(world, method)
     for place, arrival in enumerate(world.arrivals):
         turn = Turn(
             world,
@@ -139,25 +154,59 @@ def follow(world: World, method: Method, seed: int) -> Outcome:
             memory,
             validation,
             replace(method.settings, seed=seed),
+            method.compute,
+            ActivationCache(compute=method.compute),
         )
         network = method.make(turn)
         seconds.append(time.process_time() - turn.began)
         steps.append(turn.steps)
-        accuracies.append(scores(network, world))
+        accuracies.append(after_stage(network, world, place))
         memory = remember(memory, arrival.fresh, OLD, seed)
         validation = remember(validation, arrival.validation, MEMORY - OLD, seed)
     return Outcome(
         tuple(world.tests),
-        scores(world.champion, world),
+        before(world),
         tuple(accuracies),
         tuple(seconds),
         tuple(steps),
     )
 
 
-def scores(network: Network, world: World) -> tuple[float, ...]:
-    """Give the accuracy on each domain, in percent."""
-    return tuple(100 * answer(network, data).accuracy for data in world.tests.values())
+def _probe(world: World, method: Method) -> None:
+    """Let the machine be probed, which happens once on each, before anything is measured."""
+    settings = replace(method.settings, epochs=2)
+    some = world.arrivals[0].fresh.take(range(8))
+    if len(some.labels.unique()) > 1:
+        after.tune(
+            world.champion,
+            some,
+            settings,
+            cache=ActivationCache(compute=method.compute),
+            compute=method.compute,
+        )
+
+
+_BEFORE: dict[str, tuple[float, ...]] = {}
+
+
+def before(world: World) -> tuple[float, ...]:
+    """Give the champion's accuracy on each domain; it is the same for all seeds and labels."""
+    if world.name not in _BEFORE:
+        _BEFORE[world.name] = after_stage(world.champion, world, len(world.arrivals) - 1)
+    return _BEFORE[world.name]
+
+
+def after_stage(network: Network, world: World, place: int) -> tuple[float, ...]:
+    """Give the accuracy on each domain, in percent; before the last stage, on the newest alone."""
+    if network is world.champion and world.name in _BEFORE:
+        return before(world)
+    last = place == len(world.arrivals) - 1
+    return tuple(
+        100 * answer(network, data, batch_size=16).accuracy
+        if last or name == world.arrivals[place].domain
+        else math.nan
+        for name, data in world.tests.items()
+    )
 
 
 def has_norms(network: Network) -> bool:
@@ -178,19 +227,19 @@ def _tuned(turn: Turn) -> Network:
 
 def _tutorial(turn: Turn) -> Network:
     """Fine-tune on what is new, for a fixed number of epochs; nothing validates."""
-    tuned = fine_tune(turn.champion, turn.arrival.fresh, turn.settings)
+    tuned = fine_tune(turn.champion, turn.arrival.fresh, turn.settings, compute=turn.compute)
     turn.steps = len(tuned.epochs) * math.ceil(len(turn.arrival.fresh) / turn.settings.batch_size)
     return tuned.network
 
 
 def _scratch(turn: Turn) -> Network:
     world = turn.world
-    settings = replace(world.first_settings, strategy=Strategy.FULL, seed=turn.settings.seed)
     return fine_tune(
         world.untrained,
         join([world.learned, *(one.fresh for one in turn.arrivals)]),
-        settings,
+        replace(world.scratch, seed=turn.settings.seed),
         validation=(world.validated, *(one.validation for one in turn.arrivals)),
+        compute=turn.compute,
     ).network
 
 
@@ -270,6 +319,9 @@ def _only(**values: Any) -> Method:
     return _changed(**{**{key: PLAIN[key] for key in terms}, **values})
 
 
+PHOTOGRAPH = "photographs recipe"
+HEAD_CACHED = "photographs recipe, head alone, embeddings cached"
+OF_RECIPE = replace(RECIPE.compute, findings=FINDINGS)
 HEAD = replace(
     DEFAULT,
     **UNCHANGED,
@@ -277,6 +329,15 @@ HEAD = replace(
     freeze_first=0,
     train_last=0,
     epochs=HEAD_EPOCHS,
+)
+HEAD_OF_RECIPE = replace(
+    RECIPE.training,
+    **UNCHANGED,
+    strategy=Strategy.HEAD,
+    freeze_first=0,
+    train_last=0,
+    epochs=HEAD_EPOCHS,
+    views=0,
 )
 METHODS: dict[str, Method] = {
     "no update": Method(_unchanged),
@@ -286,7 +347,8 @@ METHODS: dict[str, Method] = {
     "30 epochs of 64": _changed(epochs=30, batch_size=64),  # the default before
     # what may move
     "head": Method(_tuned, HEAD),
-    "head, embeddings cached": Method(_head_again, HEAD),
+    PHOTOGRAPH: Method(_tuned, RECIPE.training, compute=OF_RECIPE),
+    HEAD_CACHED: Method(_head_again, HEAD_OF_RECIPE, compute=OF_RECIPE),
     "first 2 stages frozen": _strategy(Strategy.FULL, freeze_first=2),
     "last stage and head": _strategy(Strategy.FULL, train_last=1),
     "two stages": _strategy(Strategy.TWO_STAGE),

@@ -41,7 +41,5 @@ def lite0(num_classes: int) -> nn.Module:
     """Build EfficientNet-Lite0 as the PyPI package `efficientnet-lite-pytorch` has it."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    network: Any = EfficientNet.from_name(
-        "efficientnet-lite0", override_params={"num_classes": num_classes}
-    )
+    network: Any = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
     return cast("nn.Module", network)

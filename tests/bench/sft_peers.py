@@ -71,7 +71,7 @@ def ask(
     Raises:
         RuntimeError: with the last lines of its errors, if it fails.
     """
-    from sft_methods import Outcome, scores
+    from sft_methods import Outcome, after_stage, before
     from sft_networks import FACTORIES
 
     with tempfile.TemporaryDirectory() as name:
@@ -105,8 +105,8 @@ def ask(
             ]
             found[strategy] = Outcome(
                 tuple(world.tests),
-                scores(world.champion, world),
-                tuple(scores(network, world) for network in stages),
+                before(world),
+                tuple(after_stage(network, world, place) for place, network in enumerate(stages)),
                 tuple(seconds[strategy]),
                 tuple(steps),
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from stores import Bucket, Postgres, bucket, postgres
 from worlds import World, free, make_world
 
 
@@ -61,3 +62,17 @@ def small_world(tmp_path: Path, prefect_server: str) -> Callable[[str], World]:
     del prefect_server  # only has to be there
 
     return lambda name: make_world(tmp_path / name, name)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """Serve a real PostgreSQL for the session."""
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bucket_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """Serve a real S3 bucket, `sustain`, for the session."""
+    with bucket(tmp_path_factory.mktemp("s3") / "data") as server:
+        yield server

@@ -2,6 +2,8 @@
 
     python kill_driver.py FOLDER      (then one JSON request a line on standard input)
 
+With KILL_POSTGRES=FOLDER:PORT of a server, MLflow's records are in its databases, not in a file.
+
 Everything slow is imported once, before any thread, event loop or database engine exists; each
 command then runs in a child of its own, forked from here. The children, not production code, wrap
 every writing method of MlflowClient and every commit of its database, and send themselves SIGKILL
@@ -15,16 +17,17 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
-import sqlite3
 import sys
 import time
 import traceback
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -39,8 +42,10 @@ import torch._dynamo
 from mlflow import MlflowClient
 from mlflow.utils import requirements_utils
 from PIL import Image
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, NullPool, create_engine, event, text
 from sqlalchemy.orm import configure_mappers
+from stores import Postgres
+from worlds import free
 
 import flows.bootstrap
 import flows.charts
@@ -95,13 +100,19 @@ class Scenario:
     state: str
     command: Callable[[World], object]
     environment: dict[str, str] = field(default_factory=dict)
+    served: bool = False
+    """Whether it asks MLflow's server, and not its database."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One model's folder, restored from a copy before each case: MLflow keeps absolute paths."""
+    """One model's folder, restored from a copy before each case: MLflow keeps absolute paths.
+
+    Its database is a file in the folder, or one of PostgreSQL's, whose states are databases too.
+    """
 
     folder: Path
+    postgres: Postgres | None = None
 
     @property
     def work(self) -> Path:
@@ -113,14 +124,34 @@ class World:
         """The settings file."""
         return str(self.work / "sustain.toml")
 
+    @property
+    def database(self) -> str:
+        """Where MLflow's records are."""
+        if self.postgres is None:
+            return f"sqlite:///{self.work}/mlflow.db"
+        return self.postgres.url(self._name("work"))
+
+    @property
+    def ballast(self) -> Path:
+        """The file that fills the disk."""
+        return self.folder / "ballast"
+
     def keep(self, state: str) -> None:
         """Copy the world as it is."""
         shutil.copytree(self.work, self.folder / state)
+        if self.postgres is not None:
+            self.postgres.copy(self._name("work"), self._name(state))
 
     def restore(self, state: str) -> None:
         """Make the world as it was."""
+        self.ballast.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.folder / state, self.work)
+        if self.postgres is not None:
+            self.postgres.copy(self._name(state), self._name("work"))
+
+    def _name(self, state: str) -> str:
+        return f"{self.folder.name}_{state}".replace("-", "_")
 
 
 def _bootstrap(world: World) -> object:
@@ -140,6 +171,8 @@ SCENARIOS = {
             lambda w: flows.retrain.retrain(w.settings),
             {"SUSTAIN_GATE_ALPHA": "1e-30"},
         ),
+        Scenario("served", "labelled", lambda w: watch(w.settings), served=True),
+        Scenario("grown", "grown", lambda w: watch(w.settings)),
         Scenario("rollback", "three", lambda w: rollback(w.settings, why="a test")),
         Scenario(
             "moved",
@@ -175,12 +208,18 @@ def prepare(world: World) -> None:
     (world.work / "feed").mkdir(parents=True)
     (world.work / "labels").mkdir()
     Path(world.settings).write_text(SETTINGS)
+    if world.postgres is not None:
+        world.postgres.run(f"CREATE DATABASE {world._name('work')}")
+        os.environ["MLFLOW_TRACKING_URI"] = world.database
     _do(world, lambda: MlflowClient(load_settings(Path(world.settings)).mlflow_uri).search_runs([]))
     world.keep("empty")
     _do(world, lambda: _bootstrap(world))
     _arrive(world, "mnist-01", mnist, range(400, 440))
     _arrive(world, "optical-01", optical, range(80))
     world.keep("arrived")
+    _grow(world)
+    world.keep("grown")
+    world.restore("arrived")
     _do(world, lambda: watch(world.settings))
     _arrive(world, "optical-02", optical, range(80, 120))
     _label(world, "optical", optical, {"optical-01": range(80), "optical-02": range(80, 120)})
@@ -231,6 +270,10 @@ def _arrive(
     (world.work / "partial").rename(world.work / "feed" / batch)
 
 
+def _grow(world: World) -> None:
+    _save(_optical()[0][500], world.work / "feed" / "optical-01" / "late.png")
+
+
 def _label(
     world: World,
     name: str,
@@ -247,7 +290,7 @@ def _label(
 
 @dataclass
 class Boundaries:
-    """Numbers the boundaries of a child's writes; sends `signal_number` at the one numbered `at`.
+    """Numbers the boundaries of a child's writes; lets what shall `happen` be at the one `at`.
 
     Boundaries are: before and after each outermost call of a writing method of MlflowClient; before
     each further commit within one call (log_batch commits params, metrics and tags one by one);
@@ -256,7 +299,7 @@ class Boundaries:
     """
 
     at: int | None = None
-    signal_number: int = signal.SIGKILL
+    happen: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     names: list[str] = field(default_factory=list)
     calls: int = 0
     depth: int = 0
@@ -267,7 +310,7 @@ class Boundaries:
         """Pass a boundary, or die at it."""
         self.names.append(name)
         if len(self.names) - 1 == self.at:
-            os.kill(os.getpid(), self.signal_number)
+            self.happen()
 
     @property
     def call(self) -> str:
@@ -329,6 +372,10 @@ class Boundaries:
             return fine_tune(*args, on_epoch=told, **kwargs)
 
         return tune
+
+
+def _stand_still() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _detail(name: str, args: tuple[Any, ...]) -> str:
@@ -527,7 +574,8 @@ def _counted(runs: Any) -> dict[str, int]:
 
 def _plain(text: str) -> str:
     """Leave out what differs from run to run: ids of runs, and CPU time."""
-    return re.sub(r"[0-9a-f]{32}|CPU time [\d.]+|[\d.]+ CPU s", "", text)
+    changing = r"[0-9a-f]{32}|CPU time [\d.]+|[\d.]+ CPU s|127\.0\.0\.1:\d+"
+    return re.sub(changing, "", text)
 
 
 def _version(registry: Registry, version: Any) -> dict[str, Any]:
@@ -569,13 +617,172 @@ def _content(path: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+# ---- MLflow's server
+
+
+@dataclass
+class Server:
+    """MLflow's own server on the world's database, forked, as all that is slow was imported."""
+
+    world: World
+    port: int = field(default_factory=free)
+    pid: int = 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What lets a command ask the server."""
+        return {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{self.port}"}
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        import uvicorn
+        from mlflow.server import constants, fastapi_app
+
+        if not (pid := os.fork()):
+            try:
+                os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = self.world.database
+                root = (self.world.work / "mlartifacts").as_uri()
+                os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = root
+                log = os.open(
+                    self.world.folder / "server.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                )
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                uvicorn.run(fastapi_app.app, host="127.0.0.1", port=self.port, log_level="error")
+            finally:
+                os._exit(1)
+        self.pid = pid
+        end = time.monotonic() + CHILD_SECONDS
+        while not self._answers():
+            if time.monotonic() > end:
+                raise TimeoutError("MLflow's server does not answer")
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """Kill it, as kill -9 does."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
+                return True
+        except OSError:
+            return False
+
+
+# ---- faults
+
+
+def _fill_disk(world: World) -> None:
+    """Leave 4 kB of the disk that the world has for itself."""
+    found = os.statvfs(world.folder)
+    with world.ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, found.f_bavail * found.f_frsize - 4096))
+
+
+def _no_file_grows(_: World) -> None:
+    """Let no file become larger than 8 kB: the database's neither."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+
+
+def _set_clock(days: int) -> Callable[[World], None]:
+    def jump(_: World) -> None:
+        import time_machine
+
+        time_machine.travel(datetime.now(UTC) + timedelta(days=days), tick=True).start()
+
+    return jump
+
+
+def _restart_postgres(world: World) -> None:
+    assert world.postgres is not None
+    world.postgres.stop("immediate")
+    world.postgres.start()
+
+
+def _replace_labels(world: World) -> None:
+    """Let the file of labels be half of the truth, until it has been read once."""
+    import flows.storage
+
+    path = world.work / "labels" / "optical.csv"
+    truth, read = path.read_text(), flows.storage.read_file
+    lines = truth.splitlines()
+    path.write_text("\n".join([*lines[: len(lines) // 2], ""]))
+
+    def replaced(*args: Any) -> bytes:
+        content = read(*args)
+        if path.read_text() != truth:
+            (world.work / "partial.csv").write_text(truth)
+            (world.work / "partial.csv").rename(path)
+        return content
+
+    flows.storage.read_file = replaced
+
+
+FAULTS: dict[str, Callable[[World], object]] = {
+    "the batch grows": _grow,
+    "no file grows": _no_file_grows,
+    "the disk is full": _fill_disk,
+    "the clock goes back a day": _set_clock(-1),
+    "the clock goes on a day": _set_clock(1),
+    "PostgreSQL restarts": _restart_postgres,
+    "labels are replaced": _replace_labels,
+}
+"""What goes wrong within a command, at a boundary or (without one) at its start."""
+KILLED, KILLED_AND_BACK = "MLflow is killed", "MLflow is killed, and back"
+
+
+def disturbed(
+    world: World, scenario: Scenario, fault: str, at: int | None = None
+) -> dict[str, Any]:
+    """Let something go wrong in a command, make it good, run the command again to its end."""
+    world.restore(scenario.state)
+    server = Server(world)
+    beside = fault in (KILLED, KILLED_AND_BACK)
+    if scenario.served:
+        server.start()
+    environment = scenario.environment | (server.environment if scenario.served else {})
+    happen = _stand_still if beside else lambda: FAULTS[fault](world)
+
+    def command(world: World) -> object:
+        if at is None:
+            happen()
+        return scenario.command(world)
+
+    child = start(world, command, environment, boundaries=Boundaries(at, happen))
+    if beside:
+        child.wait(os.WUNTRACED)
+        server.kill()
+        if fault == KILLED_AND_BACK:
+            server.start()
+        os.kill(child.pid, signal.SIGCONT)
+    child.wait()
+    failed = not child.answer.exists() or json.loads(child.answer.read_text())["error"]
+    child.answer.unlink(missing_ok=True)
+    world.ballast.unlink(missing_ok=True)
+    if fault == KILLED:
+        server.start()
+    again = run(world, scenario.command, environment, with_book=True)
+    if scenario.served:
+        server.kill()
+    return {"failed": failed, "errors": [again["error"]], "book": again["book"]}
+
+
 # ---- the cases
 
 
 def undisturbed(world: World, scenario: Scenario) -> dict[str, Any]:
     """Run a command once and twice, and say what the registry is after each."""
     world.restore(scenario.state)
-    done = [run(world, scenario.command, scenario.environment, with_book=True) for _ in range(2)]
+    server = Server(world)
+    environment = scenario.environment
+    if scenario.served:
+        server.start()
+        environment = environment | server.environment
+    done = [run(world, scenario.command, environment, with_book=True) for _ in range(2)]
+    if scenario.served:
+        server.kill()
     return {
         "boundaries": done[0]["boundaries"],
         "errors": [d["error"] for d in done],
@@ -615,8 +822,8 @@ def _unjudged_champion(world: World) -> list[str]:
         (SELECT 1 FROM model_version_tags AS t
          WHERE t.name = a.name AND t.version = a.version AND t.key = 'verdict')
     """
-    with closing(sqlite3.connect(world.work / "mlflow.db")) as database:
-        return [str(version) for (version,) in database.execute(query)]
+    with create_engine(world.database, poolclass=NullPool).connect() as database:
+        return [str(version) for (version,) in database.execute(text(query))]
 
 
 def overtaken(world: World, scenario: Scenario, at: int) -> dict[str, Any]:
@@ -626,7 +833,7 @@ def overtaken(world: World, scenario: Scenario, at: int) -> dict[str, Any]:
         world,
         scenario.command,
         scenario.environment,
-        boundaries=Boundaries(at, signal.SIGSTOP),
+        boundaries=Boundaries(at, _stand_still),
         with_book=True,
     )
     status = held.wait(os.WUNTRACED)
@@ -653,13 +860,15 @@ def together(world: World, scenario: Scenario, seconds: float) -> dict[str, Any]
 
 
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (undisturbed, killed, overtaken, together)
+    f.__name__: f for f in (undisturbed, killed, overtaken, together, disturbed)
 }
 
 
 def main() -> None:
     """Answer requests until standard input ends."""
-    world = World(Path(sys.argv[1]).resolve())
+    stated = os.environ.get("KILL_POSTGRES", "")
+    postgres = Postgres(Path(stated.split(":")[0]), int(stated.split(":")[1])) if stated else None
+    world = World(Path(sys.argv[1]).resolve(), postgres)
     warm_up()
     prepare(world)
     sys.stdout.write("ready\n")

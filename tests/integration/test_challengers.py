@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 from worlds import World, make_world
 
 from flows.adapt import AdaptError, adapt
+from flows.batches import read_batch
 from flows.demo import Digits, _arrive, _label_late, _mnist
+from flows.feed import list_batches
 from flows.fresh import fresh_set
 from flows.registry import Registry
 from flows.retrain import retrain
@@ -114,3 +117,38 @@ def test_a_challenger_without_labels_waits_for_them_and_serves(
     assert len(plan.fresh) > 0  # nothing was learned from them
     assert len(fresh_set(plan.labels, registry.learned(second))) == len(plan.fresh)
     assert not any(checked.alarm for checked in watch(str(world.path)).checked)
+
+
+def test_a_challenger_answers_in_the_shadow_before_it_is_judged(
+    small_world: Callable[[str], World],
+) -> None:
+    """It is made, and answers the next batch beside the champion; then the gate lets it through."""
+    world = small_world("shadow")
+    world.path.write_text(world.path.read_text().replace("[gate]", "[gate]\nshadow_batches = 1", 1))
+    world.arrive(0, labelled=True)
+    assert (
+        "answers 1 more batch beside the champion before it is judged"
+        in watch(str(world.path)).done
+    )
+    registry = Registry(world.settings)
+    assert (registry.version(2).verdict, registry.alias("challenger")) == (None, 2)
+    made = make_plan(registry, world.settings, datetime.now(UTC)).decider.history.remade
+    assert made == "version 2, which answers beside the champion before it is judged"
+    (batch,) = world.arrive(1)
+    watched = watch(str(world.path))
+    (record,) = [c for c in registry.checks(1) if c.key.batch_id == batch]
+    features, second = registry.features(record), registry.version(2)
+    pictures = read_batch(
+        next(b for b in list_batches(world.settings.feed, world.settings.root) if b.id == batch),
+        world.settings.feed,
+        world.settings.root,
+        registry.config(second).preprocessing,
+    ).pixels
+    said = registry.network(second).embed(pictures[range(100)])[1].argmax(1).numpy()
+    metrics = record.metrics
+    assert metrics["shadow.version"] == 2
+    assert metrics["shadow.agreement"] == pytest.approx((said == features.predicted).mean())
+    assert metrics["shadow.estimated"] > metrics["accuracy.estimated"]
+    assert "in the shadow, version 2 agrees with the champion on " in record.tags["sustain.notes"]
+    assert "version 2 was promoted" in watched.done
+    assert registry.alias("champion") == 2

@@ -14,103 +14,33 @@ since Evidently takes seconds for each.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, cast
 
 import pytest
+from kills import Cases, Drivers, complaint, report
 
 pytestmark = pytest.mark.timeout(
     1800
 )  # of the first test: it waits for its cases on a busy machine
-DRIVERS = 2
 EVERYTHING = bool(os.environ.get("KILL_ALL"))
+OTHER = (
+    ("check", "the batch grows", "(create_run"),
+    ("chain", "labels are replaced", ""),
+    ("chain", "no file grows", "(log_artifacts model"),
+    ("chain", "the clock goes back a day", "(set_terminated"),
+    ("served", "MLflow is killed", "(create_model_version"),
+    ("served", "MLflow is killed, and back", "(set_terminated"),
+)
+"""What else may go wrong: in which command, what, and at which boundary ("" is its start)."""
 DECIDE = ("create_model_version", "verdict", "champion", "alias", "terminated")
 """What is in the names of writes that others act on."""
-TWICE = ("RetrainError: 0 fresh labels", "RegistryError: version 1 is the first champion")
-ENVIRONMENT = {
-    "DO_NOT_TRACK": "true",
-    "GOMP_SPINCOUNT": "0",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",  # the drivers fork, so they must have no threads
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_LOGGING_TO_API_ENABLED": "false",
-}
-
-
-class Drivers:
-    """Processes that each have a world of their own, and take the cases as they come."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.free: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-        self.pool = ThreadPoolExecutor(DRIVERS)
-        self.processes = []
-        for number in range(DRIVERS):
-            world = folder / f"world-{number}"
-            world.mkdir()
-            process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("kill_driver.py")), str(world)],
-                env=environment | {"TMPDIR": str(world)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self.processes.append(process)
-        for process in self.processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n", "see children.log in the world"
-            self.free.put(process)
-
-    def ask(self, case: str, scenario: str, **rest: object) -> Future[dict[str, Any]]:
-        """Run a case when a driver is free."""
-        return self.pool.submit(self._answer, {"case": case, "scenario": scenario, **rest})
-
-    def _answer(self, request: dict[str, object]) -> dict[str, Any]:
-        process = self.free.get()
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            return cast("dict[str, Any]", json.loads(process.stdout.readline()))
-        finally:
-            self.free.put(process)
-
-    def close(self) -> None:
-        """End the drivers."""
-        self.pool.shutdown(cancel_futures=True)
-        for process in self.processes:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.close()
-            process.wait(timeout=60)
-            process.stdout.close()
-
-
-@dataclass(frozen=True)
-class Cases:
-    """The cases of one scenario: where each happens, and what came of it."""
-
-    undisturbed: dict[str, Any]
-    kills: dict[str, Future[dict[str, Any]]]
-    overtakings: dict[str, Future[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def drivers(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Iterator[Drivers]:
     folder = tmp_path_factory.mktemp("kill")
-    inherited = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    prefect = {"PREFECT_API_URL": prefect_server, "PREFECT_HOME": str(folder / "prefect")}
-    found = Drivers(folder, inherited | ENVIRONMENT | prefect)
+    found = Drivers(folder, prefect_server)
     try:
         yield found
     finally:
@@ -184,42 +114,6 @@ def held(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
     return [(at, where) for at, where in found if any(kind in where for kind in kinds)]
 
 
-def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Say where two states differ."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return [
-            line
-            for key in sorted({*found, *wanted})
-            for line in differences(found.get(key), wanted.get(key), f"{path}/{key}")
-        ]
-    return [] if found == wanted else [f"{path}: {found!r}, and not {wanted!r}"]
-
-
-def complaint(
-    answer: dict[str, Any], undisturbed: dict[str, Any], *, leave: tuple[str, ...] = ()
-) -> str:
-    """Say what is wrong with a case; "" when it ended as one or two undisturbed runs do."""
-    if "broken" in answer:
-        return str(answer["broken"])
-    if answer.get("unjudged"):
-        return f"when it was killed, version {answer['unjudged']} without a verdict was champion"
-    if odd := [e for e in answer["errors"] if e and not e.startswith(TWICE)]:
-        return f"the command failed: {odd}"
-    book = {k: v for k, v in answer["book"].items() if k not in leave}
-    found = [
-        differences(book, {k: v for k, v in wanted.items() if k not in leave})
-        for wanted in undisturbed["books"]
-    ]
-    return "" if not all(found) else "\n      ".join(min(found, key=len)[:8])
-
-
-def report(complaints: dict[str, str]) -> str:
-    """List the failed cases by the place where they happened."""
-    failed = {where: text for where, text in complaints.items() if text}
-    lines = [f"  {where}:\n      {text}" for where, text in failed.items()]
-    return "\n".join([f"{len(failed)} of {len(complaints)} cases:", *lines])
-
-
 def test_undisturbed_runs_do_what_the_scenarios_say(cases: dict[str, Cases]) -> None:
     """The chain promotes, the refused challenger waits, the rollback goes one version back."""
     books = {name: case.undisturbed["books"] for name, case in cases.items()}
@@ -288,3 +182,27 @@ def test_two_at_once(
     answer = drivers.ask("together", scenario, seconds=seconds).result()
     wrong = complaint(answer, cases[scenario].undisturbed, leave=("ended runs",))
     assert not wrong, wrong
+
+
+def test_other_faults(drivers: Drivers) -> None:
+    """A batch or labels change under a watch, no file can grow, the clock jumps, MLflow dies.
+
+    Each once; test_failures.py, which is run at night, has more of each.
+    """
+    names = {"grown", *(scenario for scenario, _, _ in OTHER)}
+    calm = {name: drivers.ask("undisturbed", name) for name in names}
+    asked = {}
+    for scenario, fault, kind in OTHER:
+        boundaries = calm[scenario].result()["boundaries"]
+        at = next(n for n, where in enumerate(boundaries) if kind in where) if kind else None
+        asked[fault] = scenario, drivers.ask("disturbed", scenario, fault=fault, at=at)
+    complaints = {}
+    for fault, (scenario, future) in asked.items():
+        answer = future.result()
+        wanted = calm["grown" if fault == "the batch grows" else scenario].result()
+        if fault == "the batch grows":  # the check of what it was before is on record, as failed
+            finished = [check for check in answer["book"]["checks"] if check[3]]
+            assert len(finished) == len(answer["book"]["checks"]) - 1
+            answer["book"]["checks"] = finished
+        complaints[fault] = complaint(answer, wanted)
+    assert not any(complaints.values()), report(complaints)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flows.notify import send
+from flows.promote import promote
 from flows.registry import Registry
 from flows.rollback import rollback
 from flows.watch import watch
@@ -81,11 +82,36 @@ def test_each_thing_is_told_once(small_world: Callable[[str], World], inbox: Inb
     assert sum("drift that hurts" in title for title in first) <= 1
     world.arrive(2, 3, 4, labelled=True)
     watch(str(world.path))
-    assert any("version 2 is champion" in title for title in inbox.titles())
+    titles = inbox.titles()
+    assert any("version 2 is champion" in title for title in titles)
+    assert not any("approval" in title for title in titles)
     rollback(str(world.path), why="to see")
     assert inbox.titles() == ["told: version 2 was rolled back"]
     watch(str(world.path))
     assert not [title for title in inbox.titles() if "version" in title]
+
+
+def test_approval_is_wanted_once_and_only_of_a_person(
+    small_world: Callable[[str], World], inbox: Inbox
+) -> None:
+    """A challenger that waits is told of once, and once more when it is champion."""
+    world = small_world("asked")
+    told(world)
+    world.path.write_text(
+        world.path.read_text().replace("[gate]", '[gate]\napproval = "manual"', 1)
+    )
+    world.arrive(0, labelled=True)
+    for _ in range(2):
+        watch(str(world.path))
+    titles = inbox.titles()
+    assert titles.count("asked: version 2 waits for approval") == 1
+    assert not any("is champion" in title for title in titles)
+    promote(str(world.path))
+    for _ in range(2):
+        watch(str(world.path))
+    titles = inbox.titles()
+    assert titles.count("asked: version 2 is champion") == 1
+    assert not any("approval" in title for title in titles)
 
 
 def test_a_flow_that_goes_on_failing_is_told_once(

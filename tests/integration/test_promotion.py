@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import numpy as np
 from click.testing import CliRunner
 from prefect.artifacts import Artifact
 from worlds import World
 
+from flows import demo
+from flows.bootstrap import bootstrap
 from flows.cli import main
 from flows.history import champion_at, read_history, unrecorded
 from flows.promote import promote
@@ -17,6 +21,38 @@ from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.watch import make_plan
+from sft.dataset import Role, role_of
+
+LENIENT = """\
+[model]
+name = "cameras"
+architecture = "small_cnn"
+channels = 1
+
+[bootstrap]
+epochs = 40
+
+[training]  # nothing keeps the old world known
+epochs = 40
+rehearsal = 0.0
+l2_sp = 0.0
+freeze_batch_norm = false
+
+[policy]
+min_labels = 30
+
+[noise]
+max_wrong_share = 0.99
+
+[checks]
+slices = ["camera"]
+
+[gate]  # only slices may decide
+min_fresh = 10
+max_drop = 0.9
+max_drop_bound = 0.95
+max_calibration_rise = 0.9
+"""
 
 
 def sustain(world: World, *arguments: str) -> str:
@@ -57,6 +93,50 @@ def test_a_challenger_waits_for_a_person(small_world: Callable[[str], World]) ->
     assert registry.version(3).verdict_against == 2
     assert registry.version(3).tags["judged_against"] == "1,2"
     assert registry.alias(CHAMPION) == 2
+
+
+def test_a_challenger_that_loses_one_camera_is_refused(tmp_path: Path, prefect_server: str) -> None:
+    """Better on the whole, but one camera's labels were careless: that slice alone stops it."""
+    del prefect_server  # only has to be there
+    feed, labels = tmp_path / "feed", tmp_path / "labels"
+    feed.mkdir()
+    labels.mkdir()
+    digits = demo._mnist()[:400]
+    negative = np.arange(400) % 2 == 1
+    pictures = np.where(negative[:, None, None], 255 - digits.pictures, digits.pictures)
+    demo._write_class_folders(tmp_path / "first", demo.Digits(pictures, digits.labels))
+    rows = [
+        f"{label}/{i:05d}.png,{label},{'negatives' if negative[i] else 'plain'}"
+        for i, label in enumerate(digits.labels)
+    ]
+    text = "\n".join(["file_name,label,camera", *rows, ""])
+    (tmp_path / "first" / "metadata.csv").write_text(text)
+    path = tmp_path / "sustain.toml"
+    path.write_text(LENIENT)
+    bootstrap(str(path), data=str(tmp_path / "first"))
+    world = World(path)
+    world.arrive(0, 1, 2, labelled=True)
+    more = demo._mnist()[400:500]
+    demo._arrive(feed, "negatives", demo.Digits(255 - more.pictures, more.labels), (0,))
+    names = [f"negatives-01/{i:05d}.png" for i in range(100)]
+    careless = [int(role_of(name) is not Role.HOLDOUT) for name in names]
+    told = (more.labels + careless) % 10
+    rows = [f"{name},{digit}" for name, digit in zip(names, told, strict=True)]
+    (labels / "negatives.csv").write_text("\n".join(["sample_id,label", *rows, ""]))
+    for batch in feed.iterdir():
+        camera = "negatives" if batch.name == "negatives-01" else "plain"
+        rows = [f"{one.name},{camera}" for one in sorted(batch.iterdir())]
+        (batch / "metadata.csv").write_text("\n".join(["file_name,camera", *rows, ""]))
+    made = retrain(str(path))
+    assert (made.outcome, made.promoted) == ("refuse", False)
+    assert made.reason.startswith("classes and slices that collapsed: ")
+    assert "camera = negatives " in made.reason
+    assert "camera = plain " not in made.reason
+    assert ";" not in made.reason  # every other criterion holds
+    registry = Registry(world.settings)
+    assert registry.alias(CHAMPION) == 1
+    description = registry.client.get_model_version(registry.name, "2").description
+    assert "| no class or slice collapses | no | classes and slices that collapsed: " in description
 
 
 def test_every_move_is_in_the_history_and_each_version_tells_its_story(

@@ -95,6 +95,7 @@ def test_no_command_is_left_out() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     run = {"init animals", "bootstrap --data labelled/", "watch", "status"}
     run.add("bootstrap --data labelled/ --adopt model.safetensors")
+    run.add("up -s animals.toml -s plants.toml")  # tests/e2e/test_up.py
     for command in COMMANDS:
         program, _, rest = command.partition(" ")
         if program == "make":

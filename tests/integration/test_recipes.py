@@ -223,3 +223,23 @@ def test_resnet50_periodic(follow: Callable[..., Made]) -> None:
     assert "version 2" in made.outputs[2]
     params = made.params(registry.version(2))
     assert (params["strategy"], params["second_rate"]) == ("two_stage", "0.1")
+
+
+def test_photographs(follow: Callable[..., Made]) -> None:
+    """The first version has a new head alone; the update moves the second half of the network."""
+    digits = _optical()
+
+    def write(folder: Path) -> None:
+        _write_class_folders(folder / "zoo", of_each(digits, 3, 24))
+        _write_class_folders(folder / "feed" / "monday", of_each(digits[400:], 3, 20))
+        (folder / "labels").mkdir()
+
+    made = follow("photographs", write, COMPUTE_FINDINGS="findings")
+    registry = made.registry
+    first, second = (registry.network(version) for version in registry.versions())
+    head = {"classifier.1.weight", "classifier.1.bias"}
+    assert moved(made.start(), first) == head
+    later = ("features.9.", "features.10.", "features.11.", "features.12.")
+    assert moved(first, second) == head | {n for n in parameters(first) if n.startswith(later)}
+    params = made.params(registry.version(2))
+    assert (params["backbone_rate"], params["stop_by"]) == ("0.3", "accuracy")

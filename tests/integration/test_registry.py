@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import mlflow.pyfunc
@@ -15,6 +16,8 @@ import pandas as pd
 import pytest
 import torch
 
+import flows.registry
+from flows.check import Past
 from flows.fresh import Labels, fresh_set
 from flows.package import Lineage, Package, build_reference
 from flows.registry import (
@@ -28,8 +31,11 @@ from flows.registry import (
     Registry,
     RegistryError,
     Version,
+    _manifest,
 )
+from flows.rollback import rollback
 from flows.settings import load_settings
+from monitoring.sequential import StreamEvidence
 from sft.dataset import LabelledPictures, Role
 from sft.memory import remember
 from sft.models import ModelConfig, build
@@ -258,6 +264,38 @@ def test_an_interrupted_check_is_taken_up_with_the_stamp_of_now(registry: Regist
     assert [record.stamp for record in registry.checks(1)] == ["now"]
 
 
+def test_the_newest_checks_are_enough(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twelve checks a window is read, and the stream stands where all twelve leave it."""
+    monkeypatch.setattr(flows.registry, "WINDOW", 4)
+    past = Past(registry.settings, [])
+    for place in range(12):
+        run_id = registry.begin_check(CheckKey(1, f"b{place}", "digest"), "")
+        evidence = StreamEvidence(0.4, {"novelty": 0.05 * place})
+        tags = {"sustain.stream": evidence.to_json(), **past.place(past.step(evidence)[0])}
+        registry.log(run_id, tags=tags)
+        registry.end_run(run_id)
+        past.append(registry.check_record(run_id))
+        time.sleep(0.002)  # MLflow orders by milliseconds
+    newest = registry.newest_checks(1)
+    assert [check.number for check in newest] == [9, 10, 11, 12]
+    read = Past(registry.settings, newest)
+    assert read.number == past.number == 13
+    assert read.running.since == past.running.since == 12
+    assert read.running.sums == pytest.approx(past.running.sums, abs=2e-3)
+
+    def found(**batches: datetime | None) -> int:
+        return len(registry.newest_checks(1, batches))
+
+    now = datetime.now(UTC)
+    long_ago = now - timedelta(days=1)
+    assert found(b11=long_ago) == 4
+    assert found(b5=long_ago) == 8  # the page that has it, and no more
+    assert found(new=long_ago) == found(new=None) == 12  # it may have been checked before all
+    assert found(new=now + timedelta(hours=2)) == 12  # whose clock is wrong says nothing
+    monkeypatch.setattr(flows.registry, "SKEW", timedelta(seconds=-10))
+    assert found(new=now) == 4
+
+
 # --- the champion's moves
 
 
@@ -352,6 +390,49 @@ def test_moves_of_the_same_champion_keep_their_order_and_reasons(
     assert {m.who for m in moves} == {"ada"}
 
 
+REFUSED = {
+    "missing": r"has no version 7; there are \[1, 2\]",
+    "never judged": r"version 1 was never judged.* `sustain promote --version 1`",
+    "altered": r"version 1 are not what was registered \(model/.*safetensors differs\)",
+    "gone": "the files of version 1 cannot be fetched",
+    "unknown": "version 1 does not load",
+    "first": "version 1 is the first champion: there is none to go back to",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_rollback_to_what_cannot_serve_moves_nothing(
+    registry: Registry, make: Callable[..., Version], what: str
+) -> None:
+    """No such version, never judged, tampered with, deleted, or no network of ours: refused."""
+    first = make()
+    second = make(first)
+    if what != "never judged":
+        registry.tag(first, verdict="first")
+    promote(registry, first)
+    if what != "first":
+        promote(registry, second)
+    folder = files(registry, first)
+    weights = folder / "model/data/network/model.safetensors"
+    if what == "altered":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    if what == "gone":
+        shutil.rmtree(folder)
+    if what == "unknown":  # and the record was altered to fit
+        config = folder / "model/data/network/config.json"
+        config.write_text(config.read_text().replace('"mlp"', '"no such network"'))
+        (folder / MANIFEST).write_bytes(_manifest(folder))
+        registry.tag(first, digest=sha256(_manifest(folder)).hexdigest())
+    champion, moves = registry.alias(CHAMPION), registry.moves()
+    to = {"missing": 7, "first": None}.get(what, 1)
+    with pytest.raises(RegistryError, match=REFUSED[what]):
+        rollback.fn(str(registry.settings.path), to=to)
+    assert registry.alias(CHAMPION) == champion
+    assert registry.moves() == moves
+    assert not registry.unobserved_move()
+    assert not lost(registry)
+
+
 def test_promoting_a_parent_gives_its_child_up(
     registry: Registry, make: Callable[..., Version]
 ) -> None:
@@ -432,3 +513,16 @@ def test_a_version_of_somebody_elses_moves_nothing(
     assert (seen.before, seen.after) == (2, 1)
     assert lost(registry) == [2]
     assert "promoted_at" not in registry.version(3).tags
+
+
+def test_a_clock_that_goes_back_changes_no_order(
+    registry: Registry, make: Callable[..., Version]
+) -> None:
+    """A rollback an hour "before" the promotion is still the later of the two."""
+    first = make()
+    second = make(first)
+    registry.move_champion(first, by="bootstrap", why="first", now=NOW)
+    registry.move_champion(second, by="promote", why="better", now=NOW + timedelta(hours=2))
+    registry.move_champion(first, by=ROLLBACK, why="worse", now=NOW + timedelta(hours=1))
+    assert registry.version(2).rolled_back
+    assert [move.after for move in registry.moves()] == [1, 2, 1]

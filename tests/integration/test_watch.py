@@ -18,7 +18,6 @@ from flows.bootstrap import BootstrapError, bootstrap
 from flows.promote import promote
 from flows.registry import Registry, RegistryError
 from flows.retrain import retrain
-from flows.rollback import rollback
 from flows.settings import load_settings
 from flows.watch import make_plan, watch
 from sft.models import ModelError
@@ -160,24 +159,6 @@ def test_a_new_class_widens_the_head(small_world: Callable[[str], World]) -> Non
     newest = registry.versions()[-1]
     assert registry.config(newest).classes == tuple(classes)
     assert "nine" in set(registry.learned(newest)["label"])
-
-
-def test_rollback_refuses_what_cannot_serve(small_world: Callable[[str], World]) -> None:
-    """No such version, nothing before the first, or a tampered file: refused, the alias unmoved."""
-    world = small_world("refused")
-    with pytest.raises(RegistryError, match="version 1 is the first champion"):
-        rollback(str(world.path))
-    with pytest.raises(RegistryError, match=r"has no version 7; there are \[1\]"):
-        rollback(str(world.path), to=7)
-    registry = Registry(world.settings)
-    run = registry.version(1).run_id
-    weights = next((world.path.parent / "mlartifacts" / run).rglob("model.safetensors"))
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(RegistryError, match="are not what was registered"):
-        rollback(str(world.path), to=1)
-    assert registry.alias("champion") == 1
 
 
 def test_a_model_that_brings_its_own_loader_is_refused(

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from worlds import free
 
+from flows.metrics import Exporter
 from flows.promote import promote
 from flows.registry import Registry
 from flows.retrain import retrain
@@ -133,7 +134,8 @@ def test_other_models_moves_are_not_ours(small_world: Callable[[str], World]) ->
     world = small_world("ours")
     watcher = Watcher(world.settings)
     gate = Gatekeeper("right")
-    client = TestClient(make_app(world.settings, gate, watcher))
+    exporter = Exporter([Registry(world.settings)])
+    client = TestClient(make_app(gate, {"ours": watcher}, exporter))
     at = datetime.now(UTC)
     assert client.post("/mlflow", content=BODY, headers=headers(at)).status_code == 202
     assert not watcher.wanted.is_set()

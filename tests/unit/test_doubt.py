@@ -1,19 +1,23 @@
 """What is thought of a delivery's labels, and how it is shown to a person."""
 
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from samples import optical_digits
 from sklearn.datasets import load_digits
 
-from flows.doubt import FILE, PAGE, Delivery, judge_delivery, suspicious_files
+from flows.doubt import FILE, PAGE, Delivery, adapted_answers, judge_delivery, suspicious_files
 from sft.dataset import LabelledPictures
+from sft.evaluate import answer
 from sft.models import ModelConfig, build
 from sft.noise import NoiseAction, NoiseSettings
 from sft.pictures import Preprocessing
+from sft.train import TrainingSettings, fine_tune
 
 CLASSES = ("<script>alert(0)</script>", *map(str, range(1, 10)))
 CONFIG = ModelConfig("mlp", CLASSES, Preprocessing(8, channels=1), (0.3,), (0.37,))
@@ -47,6 +51,29 @@ def test_doubted_labels_are_learned_from_as_the_setting_says(action: NoiseAction
             assert name not in learned
         else:
             assert learned[name] == pytest.approx(1 - delivery.doubt.doubt[place], abs=1e-6)
+
+
+def test_wrong_labels_of_a_new_world_do_not_hide_among_known_ones() -> None:
+    """150 random labels of negatives beside 450 right ones: seen only where the batch is named."""
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images[:600] * 15.9).to(torch.uint8).unsqueeze(1)
+    pixels[450:] = 255 - pixels[450:]
+    labels = torch.from_numpy(digits.target[:600].astype(np.int64))
+    right = labels.clone()
+    labels[450:] = torch.from_numpy(np.random.default_rng(0).integers(0, 10, 150))
+    names = tuple(f"{'new' if i >= 450 else 'known'}/{i}" for i in range(600))
+    network, settings = build(CONFIG), NoiseSettings()
+    data = LabelledPictures(names, pixels, labels)
+    assert not judge_delivery(network, data, data.take([]), CLASSES, settings).verdict.stop
+    found = judge_delivery(network, data, data.take([]), CLASSES, settings, {"new"})
+    assert found.verdict.stop
+    assert found.verdict.words.startswith("the 150 labels of the batches that changed: ")
+    assert found.judged.sample_ids == names[450:]
+    assert len(found.verdict.doubt) == 150
+    clean = LabelledPictures(names, pixels, right)
+    assert not judge_delivery(
+        network, clean, clean.take([]), CLASSES, settings, {"new"}
+    ).verdict.stop
 
 
 class Page(HTMLParser):
@@ -88,3 +115,21 @@ def test_no_suspicion_no_files() -> None:
     verdict = delivery.doubt
     clean = type(verdict)(**{**vars(verdict), "suspicious": np.zeros(len(sure), dtype=bool)})
     assert suspicious_files(delivery.usable.take(sure), clean, CLASSES) == {}
+
+
+def test_a_champion_adapted_to_a_delivery_answers_it_better() -> None:
+    """Through a drifted sensor; one without batch norm has no such answers to give."""
+    factory = "samples:batch_norm_net"
+    config = ModelConfig(
+        factory, tuple("0123456789"), Preprocessing(8, channels=1), (0.3,), (0.35,)
+    )
+    settings = TrainingSettings(epochs=5, learning_rate=4e-3, l2_sp=0.0, freeze_batch_norm=False)
+    start = build(config, allowed_factories=[factory])
+    champion = fine_tune(start, optical_digits().take(range(400)), settings).network
+    fresh = optical_digits().take(range(400, 600))
+    drifted = replace(fresh, pixels=(0.3 * fresh.pixels + 150).to(torch.uint8))
+    adapted = adapted_answers(champion, drifted.pixels)
+    assert adapted is not None
+    right = (adapted().argmax(1) == drifted.labels.numpy()).mean()
+    assert right > answer(champion, drifted).accuracy + 0.2
+    assert adapted_answers(build(CONFIG), drifted.pixels) is None

@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 import types
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -571,3 +572,18 @@ def test_a_factory_that_fails_says_how(name: str, message: str) -> None:
     """What cannot be imported, or gives no classifier, is named."""
     with pytest.raises(ModelError, match=message):
         build(configuration(name), allowed_factories=[name])
+
+
+def test_a_file_of_weights_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
+    """A zip bomb: a file of kilobytes whose tensors would take the memory of megabytes."""
+    torch.save({"weight": torch.zeros(4_000_000)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for one in plain.namelist():
+            bomb.writestr(one, plain.read(one))
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+    with pytest.raises(ModelError, match=r"bomb\.pt is not a state dict .* is compressed"):
+        read_state_dict(tmp_path / "bomb.pt")
+    assert read_state_dict(tmp_path / "plain.pt")["weight"].shape == (4_000_000,)

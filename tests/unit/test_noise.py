@@ -1,6 +1,7 @@
 """Wrong labels: which ones are found, which deliveries go to a person, and what can't be judged."""
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -40,11 +41,17 @@ def judged(
     labels: np.ndarray,
     champion: np.ndarray | None = None,
     settings: NoiseSettings = SETTINGS,
+    adapted: Callable[[], np.ndarray] | None = None,
 ) -> LabelVerdict:
     """Judge labels beside a champion that knows nothing unless one is given."""
     know_nothing = np.full((len(labels), 10), 0.1)
     return judge_labels(
-        x, labels, know_nothing if champion is None else champion, CLASSES, settings=settings
+        x,
+        labels,
+        know_nothing if champion is None else champion,
+        CLASSES,
+        settings=settings,
+        adapted=adapted,
     )
 
 
@@ -109,6 +116,39 @@ def test_renamed_classes_are_seen_by_the_champion() -> None:
     verdict = judged(x, moved, np.eye(10)[y])
     assert verdict.stop
     assert "mixed up" in verdict.words
+
+
+@pytest.mark.parametrize("kind", ["random", "next"])
+def test_an_adapted_champion_vouches_for_right_labels_only(kind: str) -> None:
+    """Embeddings show nothing: one that is right on half the pictures saves right labels alone."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        _, y = delivery(seed)
+        muddled = rng.normal(size=(N, 8))
+        answered = np.where(rng.random(N) < 0.5, y, rng.integers(0, 10, N))
+        sure = np.full((N, 10), 0.3 / 9)
+        sure[np.arange(N), answered] = 0.7
+        assert judged(muddled, y).stop
+        vouched = judged(muddled, y, adapted=lambda sure=sure: sure)
+        assert not vouched.stop
+        assert "agrees with the labels" in vouched.words
+        assert judged(muddled, spoilt(y, 0.6, kind, seed), adapted=lambda sure=sure: sure).stop
+
+
+def test_an_adapted_champion_that_knows_nothing_vouches_for_nothing() -> None:
+    """It agrees with as many labels as it must by chance, and is as unsure as it should be."""
+    _, y = delivery(0)
+    rng = np.random.default_rng(0)
+    for answers in (np.full((N, 10), 0.1), rng.dirichlet(np.full(10, 50.0), N)):
+        assert judged(rng.normal(size=(N, 8)), y, adapted=lambda answers=answers: answers).stop
+
+
+def test_an_adapted_champion_is_asked_only_when_a_delivery_would_be_stopped() -> None:
+    """It costs another pass of all pictures."""
+    x, y = delivery(0)
+    asked = []
+    judged(x, y, adapted=lambda: asked.append(0) or np.full((N, 10), 0.1))
+    assert not asked
 
 
 def test_the_setting_decides_what_becomes_of_suspicious_labels() -> None:

@@ -14,6 +14,7 @@ from flows.settings import (
     SettingsError,
     load_settings,
     refuse_contradiction,
+    shown_uri,
     write_template,
 )
 from sft.models import ModelConfig
@@ -192,3 +193,59 @@ def test_a_champion_keeps_its_task(tmp_path: Path, text: str, message: str) -> N
         refuse_contradiction(load_settings(written(tmp_path, right), environ={}), config)
     with pytest.raises(SettingsError, match=message):
         refuse_contradiction(load_settings(written(tmp_path, head + text), environ={}), config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('watch = "*/10 * * *"', r"\[schedule\]: watch = .* is no crontab line: five fields"),
+        ('prune = "0 25 * * *"', r"prune = .* is no crontab line"),
+        ('timezone = "Europe/Berlinn"', r"is no time zone \(did you mean 'Europe/Berlin'\?\)"),
+        ("watch = 0.5", "watch must be at least 1 second, or 0 for never"),
+        ("watch = -1", "watch must be at least 1 second"),
+        ("watch = nan", "watch must be at least 1 second"),
+    ],
+)
+def test_schedules_that_cannot_be_kept_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    """By name, when the settings are read, and not by the server at night."""
+    path = written(tmp_path, f'[model]\nname = "m"\n[schedule]\n{text}\n')
+    with pytest.raises(SettingsError, match=message):
+        load_settings(path, environ={})
+
+
+def test_schedules_are_intervals_or_crontab_lines(tmp_path: Path) -> None:
+    """Both from the file and from the environment."""
+    path = written(tmp_path, '[model]\nname = "m"\n[schedule]\nwatch = 30\n')
+    assert load_settings(path, environ={}).schedule.watch == 30
+    told = {"SUSTAIN_SCHEDULE_WATCH": "*/5 * * * *", "SUSTAIN_SCHEDULE_PRUNE": ""}
+    schedule = load_settings(path, environ=told).schedule
+    assert (schedule.watch, schedule.prune) == ("*/5 * * * *", "")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("servers", "mlflow", '"postgresql://ada:hidden@db/mlflow"'),
+        ("servers", "prefect", '"http://ada:hidden@prefect/api"'),
+        ("feed", "url", '"ftp://ada:hidden@files/feed"'),
+        ("feed", "storage_options", '{ endpoint_url = "https://ada:hidden@s3" }'),
+    ],
+)
+def test_a_password_in_the_file_is_refused(
+    tmp_path: Path, section: str, key: str, value: str
+) -> None:
+    """The message names the variable that it belongs into, and not the password."""
+    path = written(tmp_path, f'[model]\nname = "m"\n[{section}]\n{key} = {value}\n')
+    variable = f"SUSTAIN_{section}_{key}".upper()
+    with pytest.raises(SettingsError, match=variable) as refused:
+        load_settings(path, environ={})
+    assert "hidden" not in str(refused.value)
+    told = written(tmp_path, '[model]\nname = "m"\n')
+    assert load_settings(told, environ={variable: value.strip('"')})
+
+
+def test_shown_addresses_hold_no_password() -> None:
+    """Only the credentials go; an @ elsewhere stays."""
+    assert shown_uri("postgresql+psycopg2://u:p%40@h:5/db") == "postgresql+psycopg2://...@h:5/db"
+    for plain in ("sqlite:////a/b@c:d.db", "http://h:5000/x@y", "models:/m@champion", "s3://b/k"):
+        assert shown_uri(plain) == plain
