@@ -165,8 +165,9 @@ def ask(settings_file: Path, to: Path) -> None:
 
     registry = Registry(settings)
     plan = make_plan(registry, settings, datetime.now(UTC))
+    fresh = plan.decider.counted(alarm=True)
     requests = write_list(
-        registry, settings, plan.champion, plan.batches, plan.finished, plan.labels, plan.fresh, to
+        registry, settings, plan.champion, plan.batches, plan.finished, plan.labels, fresh, to
     )
     if not requests:
         console.print("nothing to label: no batch rang, or every sample of those has its label")

@@ -20,6 +20,7 @@ from monitoring.policy import (
     Action,
     Decision,
     Evidence,
+    FreshFrom,
     FreshLabels,
     History,
     PolicySettings,
@@ -33,12 +34,16 @@ UNTRAINABLE = "sustain.untrainable"
 
 @dataclass(frozen=True)
 class Decider:
-    """Decides on evidence, with all that is the same for every check of a run."""
+    """Decides on evidence, with all that is the same for every check of a run.
+
+    `quiet` are the batches before the alarm, whose labels count or not as `fresh_from` says.
+    """
 
     settings: Settings
     fresh: FreshSet
     history: History
     now: datetime
+    quiet: frozenset[str] = frozenset()
 
     @cached_property
     def name(self) -> str:
@@ -51,17 +56,28 @@ class Decider:
         parts = (self.settings.noise, self.settings.policy, self.settings.gate, self.settings.feed)
         return digest([self.fresh.digest, [asdict(part) for part in parts]])[:16]
 
-    @cached_property
-    def _policy(self) -> PolicySettings:
-        return replace(self.settings.policy, min_labels=labels_needed(self.fresh, self.settings))
+    def counted(self, *, alarm: bool) -> FreshSet:
+        """Return the labels that count towards a retraining, which an alarm calls for or not."""
+        if alarm and self.settings.policy.fresh_from is FreshFrom.ALARM:
+            return self.fresh.outside(self.quiet)
+        return self.fresh
 
     @cached_property
-    def _labels(self) -> FreshLabels:
-        return FreshLabels(n=len(self.fresh), classes=self.fresh.classes)
+    def _counts(self) -> dict[bool, tuple[FreshLabels, PolicySettings]]:
+        """The labels that count without an alarm and with one, and the policy on so many."""
+        policy = self.settings.policy
+        found = {}
+        for alarm in (False, True):
+            fresh = self.counted(alarm=alarm)
+            of = "" if fresh is self.fresh else ", of batches from the alarm on"
+            labels = FreshLabels(len(fresh), fresh.classes, of)
+            found[alarm] = labels, replace(policy, min_labels=labels_needed(fresh, self.settings))
+        return found
 
     def decide(self, evidence: Evidence) -> Decision:
         """Turn what a check measured into one action."""
-        return decide(evidence, self._labels, self.history, self.now, self._policy)
+        labels, policy = self._counts[evidence.alarm]
+        return decide(evidence, labels, self.history, self.now, policy)
 
     def on_record(self, record: CheckRecord) -> Decision:
         """Decide again on what a check put on record."""
@@ -99,6 +115,13 @@ class Decider:
         if not asking or asking[-1].tags.get("sustain.requested") == self.name:
             return None
         return asking[-1]
+
+
+def before_alarm(checks: Sequence[CheckRecord]) -> frozenset[str]:
+    """Name the batches that were checked before the first alarm; all of them if none rang."""
+    first = next((place for place, check in enumerate(checks) if check.alarm), len(checks))
+    since = {check.key.batch_id for check in checks[first:]}
+    return frozenset(check.key.batch_id for check in checks[:first]) - since
 
 
 def read_history(

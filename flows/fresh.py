@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import ceil
@@ -63,6 +63,11 @@ class FreshSet:
         """Return the labels of these samples only."""
         kept = self.table["sample_id"].isin(list(sample_ids))
         return FreshSet(self.table[kept].reset_index(drop=True))
+
+    def outside(self, batches: Collection[str]) -> FreshSet:
+        """Return the labels of samples of other batches than these."""
+        kept = [name.split("/", 1)[0] not in batches for name in self.table["sample_id"]]
+        return FreshSet(self.table[np.array(kept, dtype=bool)].reset_index(drop=True))
 
     @property
     def digest(self) -> str:

@@ -39,7 +39,7 @@ from flows.check import (
     stamp_of,
     suppressed_tags,
 )
-from flows.decisions import UNTRAINABLE, Decider, read_history
+from flows.decisions import UNTRAINABLE, Decider, before_alarm, read_history
 from flows.feed import Batch
 from flows.fresh import (
     FreshSet,
@@ -160,7 +160,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
     present = [c for c in finished if (c.key.batch_id, c.key.digest) in here]
     history = read_history(registry, settings, champion, fresh, batches, finished)
-    decider = Decider(settings, fresh, history, now)
+    decider = Decider(settings, fresh, history, now, before_alarm(finished))
     return Plan(
         champion=champion,
         moved=registry.unobserved_move(),
@@ -272,7 +272,7 @@ def list_wanted_labels(
             plan.batches,
             plan.finished,
             plan.labels,
-            plan.fresh,
+            plan.decider.counted(alarm=True),
             folder,
         )
         for path in sorted(folder.iterdir()):

@@ -40,6 +40,13 @@ it as now would forbid training until then."""
 TOLD_SKEW = timedelta(minutes=1)
 
 
+class FreshFrom(StrEnum):
+    """Which fresh labels count towards a retraining that an alarm calls for."""
+
+    ALL = "all"
+    ALARM = "alarm"
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """When a new model is made, or the one before comes back; a value out of range is a ValueError.
@@ -49,6 +56,8 @@ class PolicySettings:
         min_drop: fall in accuracy, estimated or settled, that counts as damage.
         min_labels: fresh labels without which nothing is trained.
         min_classes: classes that these labels need to cover.
+        fresh_from: after an alarm, whether labels of all batches count, or those of batches from
+            the first that rang against the champion on.
         cooldown_hours: time after a training, promotion or rollback in which nothing is trained.
         max_retrains: trainings in any `budget_days`; 0 for no limit.
         budget_days: the period of `max_retrains`.
@@ -62,6 +71,7 @@ class PolicySettings:
     min_drop: float = 0.05
     min_labels: int = 100
     min_classes: int = 2
+    fresh_from: FreshFrom = FreshFrom.ALL
     cooldown_hours: float = 0
     max_retrains: int = 0
     budget_days: float = 30
@@ -93,6 +103,8 @@ def describe(settings: PolicySettings) -> str:
     """Say in one sentence what makes a policy retrain and roll back."""
     labels = count(settings.min_labels, "fresh label")
     limits = [f"on at least {labels} of {count(settings.min_classes, 'class', 'classes')}"]
+    if settings.fresh_from is FreshFrom.ALARM:
+        limits[0] += " (after an alarm those of batches from the first that rang on)"
     if settings.cooldown_hours:
         limits.append(f"not within {settings.cooldown_hours:g} hours of the last change")
     if settings.max_retrains:
@@ -151,10 +163,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class FreshLabels:
-    """Labelled samples that the champion has not learned from: how many, of how many classes."""
+    """Labelled samples that the champion has not learned from: how many, of how many classes.
+
+    `of` says of which batches, where only some count.
+    """
 
     n: int
     classes: int
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -612,7 +628,7 @@ def _obstacle(case: _Case) -> Decision | None:
         return Decision(
             Action.ASK_FOR_LABELS,
             f"{count(missing, 'label')} {'is' if missing == 1 else 'are'} missing: "
-            f"{labels.n} of {settings.min_labels} are here.",
+            f"{labels.n} of {settings.min_labels} are here{labels.of}.",
         )
     if labels.classes < settings.min_classes:
         return Decision(

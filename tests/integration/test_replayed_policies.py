@@ -16,11 +16,12 @@ from flows.backtest import emit
 from flows.check import check
 from flows.grid import grid_of, read_grid
 from flows.meter import total
-from flows.past import PastError, read_past
+from flows.past import Past, PastError, read_past
 from flows.replay import Backtest, expand, find_ideal
 from flows.replay_page import write_page
 from flows.settings import SettingsError, load_settings
 from flows.simulated import SimulatedRegistry
+from monitoring.replay import Replayed
 
 KINDS = ("mnist", "optical", "optical", "optical", "mnist", "optical")
 
@@ -50,6 +51,30 @@ def test_a_policy_retrains_when_labels_of_the_drift_came(found: Backtest) -> Non
     assert made.promoted
     assert "to learn from" in made.reason  # as it was then, though the check says more since
     assert default.served[-1].accuracy > found.replays[1].served[-1].accuracy + 0.2
+
+
+def test_labels_of_quiet_batches_may_not_count(tmp_path: Path) -> None:
+    """Three quiet batches have labels enough; counted from the alarm on, training waits."""
+    story = make_story(tmp_path / "late", ("mnist",) * 3 + ("optical",) * 3, labels=lambda _: True)
+    usual, late = (
+        _one(story, story.past, {"retrain_when": "drift", "fresh_from": fresh}).retrainings[0].at
+        for fresh in ("all", "alarm")
+    )
+    assert usual == BEGIN + 3 * HOUR
+    assert late >= BEGIN + 3.5 * HOUR
+
+
+def test_a_challenger_answers_in_the_shadow_first(story: Story, found: Backtest) -> None:
+    """It is made when it would be anyway, but serves only after it has answered a batch."""
+    default = found.replays[0].retrainings[0]
+    drift = {"retrain_when": {"all": ["drift", "damage"]}}
+    done = _one(story, story.past, drift, {"shadow_batches": 1})
+    made = done.retrainings[0]
+    assert (made.at, made.version) == (default.at, default.version)
+    assert made.promoted
+    after = [one.version for one in done.served if one.at > made.at]
+    assert after[0] == done.served[0].version
+    assert made.version in after[1:]
 
 
 def test_never_never_trains_and_always_trains_most(found: Backtest) -> None:
@@ -100,15 +125,18 @@ def test_what_decides_holds_nothing_of_the_future(
     monkeypatch.setattr("flows.watch.check", type("Nosy", (), {
         "fn": staticmethod(nosy), "with_options": lambda *_, **__: None,
     }))  # fmt: skip
-    _one(story, past)
+    _one(story, past, {"retrain_when": "always"})
     assert len(set(seen)) > 3
 
 
-def _one(story: Story, past: object) -> None:
+def _one(
+    story: Story, past: Past, policy: dict[str, object], gate: dict[str, object] | None = None
+) -> Replayed:
     from flows.replay import replay
 
-    [candidate] = expand(story.settings, [grid_of("x", {"policy": {"retrain_when": "always"}})])
-    replay(past, story.start, story.shelf, candidate)
+    grid = grid_of("x", {"policy": policy, "gate": gate or {}})
+    [candidate] = expand(story.settings, [grid])
+    return replay(past, story.start, story.shelf, candidate)[0]
 
 
 def _texts(roots: list[object]) -> set[str]:

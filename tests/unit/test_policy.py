@@ -16,6 +16,7 @@ from monitoring.policy import (
     Action,
     Decision,
     Evidence,
+    FreshFrom,
     FreshLabels,
     History,
     PolicySettings,
@@ -385,6 +386,8 @@ def test_the_default_is_drift_and_damage() -> None:
     assert retraining(toml) == PolicySettings()
     again = {"retrain_when": PolicySettings().retrain_when}
     assert TypeAdapter(PolicySettings).validate_python(again) == PolicySettings()
+    fresh = "fresh labels of 2 classes (after an alarm those of batches from the first"
+    assert fresh in describe(PolicySettings(fresh_from=FreshFrom.ALARM))
     assert describe(PolicySettings()) == (
         "Retrains when the data changed and (accuracy is estimated to have fallen by 0.05 or more "
         "or labels show accuracy to have fallen by 0.05 or more), on at least 100 fresh labels of "
