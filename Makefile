@@ -14,7 +14,8 @@ demo: $(INSTALLED)  ## the whole loop on real digits
 
 test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow servers
 	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "not nightly" tests/integration tests/e2e
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --durations 20 -m "not nightly" \
+		tests/integration tests/e2e
 
 test-nightly: $(INSTALLED)  ## the long ones
 	$(BIN)/pytest -m nightly

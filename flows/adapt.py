@@ -18,7 +18,7 @@ from flows.notify import tell_of_failure
 from flows.package import LEARNED_COLUMNS, Lineage, Package, build_reference
 from flows.promote import labels_came
 from flows.registry import CheckRecord, Registry, Version
-from flows.retrain import Retrained, challenge, read_window
+from flows.retrain import Retrained, challenge, read_window, that_rang
 from flows.settings import Settings, load_settings, refuse_contradiction
 from monitoring.policy import Action
 from sft.adaptation import adapt as adapted_to
@@ -99,7 +99,10 @@ def make_adapted(
     found = fresh_set(registry.view.labels(batches, classes, task), before).table
     known_to_it = task.known(task.rows(found["label"], classes))  # more classes need a retraining
     fresh = FreshSet(found[known_to_it.numpy()])
-    labelled, unlabelled, about = read_window(registry, settings, champion, batches, fresh, network)
+    window_of = that_rang(registry, champion, batches)
+    labelled, unlabelled, about = read_window(
+        registry, settings, champion, batches, fresh, network, window_of
+    )
     new = _adapted_to(labelled, unlabelled, rang, settings.adaptation.max_pictures)
     try:
         known = memory.labelled(Role.TRAIN, classes, network.config.preprocessing, task)

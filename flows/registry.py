@@ -859,9 +859,7 @@ class Registry:
             return str(found.experiment_id)
         location = None
         if not self.uri.startswith("http"):  # else MLflow would write below the working directory
-            location = (self.settings.servers.artifacts or "mlartifacts").rstrip("/") + below
-            if "://" not in location:
-                location = (self.settings.root / location).resolve().as_uri()
+            location = self.settings.artifacts_uri.rstrip("/") + below
         try:
             return str(self.client.create_experiment(name, artifact_location=location))
         except MlflowException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version as installed_version
@@ -113,8 +113,7 @@ def retrain_on(registry: Registry, cause: str, check: str = "", key: str = "") -
     champion = registry.champion()
     if key and check and (against := registry.check_record(check).key.champion) != champion.number:
         reason = f"nothing is due any more: the check was of version {against}"
-        return Retrained(champion.number, promoted=False, outcome=SERVES, reason=reason,
-                         made_now=False)  # fmt: skip
+        return Retrained(champion.number, False, SERVES, reason, made_now=False)
     version, made_now = train_on(registry, champion, cause, check)
     return challenge(registry, version, made_now=made_now)
 
@@ -156,7 +155,7 @@ def challenge(registry: Registry, version: Version, *, made_now: bool) -> Retrai
     """Give a version the alias of the challenger, and let it be judged."""
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
-    if left := batches_left(registry, version, registry.champion()):
+    if left := batches_left(registry, version):
         batches = count(left, "more batch", "more batches")
         words = f"it answers {batches} beside the champion before it is judged"
         return Retrained(version.number, False, SHADOW, words, made_now=made_now)
@@ -218,14 +217,16 @@ def make_challenger(
         network = widen(network, (*classes, *new), seed=settings.training.seed)
         classes = network.config.classes
     memory = registry.memory(champion)
-    labelled, unlabelled, about = read_window(registry, settings, champion, batches, fresh, network)
+    rang = that_rang(registry, champion, batches)
+    labelled, unlabelled, about = read_window(
+        registry, settings, champion, batches, fresh, network, rang
+    )
     try:
         require_enough(fresh.of(labelled.sample_ids), settings)
     except RetrainError as error:
         raise LabelsRefusedError(f"of the pictures that can be read: {error}") from error
     kept = memory.without(labelled.sample_ids)  # a corrected label replaces the old one
     old = kept.labelled(Role.TRAIN, classes, network.config.preprocessing, task)
-    rang = that_rang(registry, champion, batches)
     delivery = judge_delivery(champion_network, labelled, old, classes, settings.noise, rang)
     if delivery.verdict.stop:
         raise _refused(registry, champion, delivery, classes)
@@ -351,8 +352,9 @@ def read_window(
     batches: Sequence[Batch],
     fresh: FreshSet,
     network: Network,
+    rang: Collection[str],
 ) -> tuple[LabelledPictures, LabelledPictures, About]:
-    """Read the fresh labelled samples, and the unlabelled ones of the batches that rang.
+    """Read the fresh labelled samples, and the unlabelled ones of the batches that `rang`, by id.
 
     The first are learned from and judged on; the second, with the held-out part of the first,
     become the new regime of the reference. What came with each of them is told beside.
@@ -361,7 +363,6 @@ def read_window(
     wanted: dict[str, set[str]] = defaultdict(set)
     for name in label_of:
         wanted[name.split("/", 1)[0]].add(name)
-    rang = that_rang(registry, champion, batches)
     known = set(registry.learned(champion)["sample_id"])
     labelled, unlabelled = _Window(network, settings), _Window(network, settings)
     about: About = {}

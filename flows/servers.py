@@ -17,6 +17,7 @@ from flows.settings import Settings, shown_uri
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
+WEBHOOK_SECRET = "WEBHOOK_SECRET"  # noqa: S105 - the variable's name
 POOL = "sustain"
 """Prefect's work pool."""
 CONNECT_SECONDS = 5.0
@@ -90,7 +91,7 @@ def start_mlflow(
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
         *("--host", host, "--port", str(port)),
-        *(root, (settings.root / "mlartifacts").resolve().as_uri()),
+        *(root, settings.artifacts_uri),
         *options,
     ]
     return start(command, own, logs / "mlflow.log")

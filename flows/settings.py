@@ -341,6 +341,12 @@ class Settings:
             return f"sqlite:///{(self.root / local).resolve()}"
         return uri
 
+    @property
+    def artifacts_uri(self) -> str:
+        """Where MLflow's files go, as a URL, unless a server of the user's own keeps them."""
+        location = self.servers.artifacts or "mlartifacts"
+        return location if "://" in location else (self.root / location).resolve().as_uri()
+
 
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelSettings,

@@ -40,27 +40,27 @@ def shadow_of(registry: Registry) -> Version | None:
     return version if version.verdict is None else None
 
 
-def batches_left(registry: Registry, version: Version, champion: Version) -> int:
+def batches_left(registry: Registry, version: Version) -> int:
     """Count the batches that a version has yet to answer beside the champion."""
     asked = registry.settings.gate.shadow_batches
     if not asked or version.verdict is not None:
         return 0
     by_it = f"metrics.`shadow.version` = {version.number}"
-    return max(0, asked - len(registry.checks(champion.number, by_it)))
+    return max(0, asked - len(registry.checks(registry.champion().number, by_it)))
 
 
-def load_shadow(registry: Registry, champion: Version) -> Shadow | None:
+def load_shadow(registry: Registry) -> Shadow | None:
     """Load the challenger that has batches to answer, if there is one."""
     version = shadow_of(registry)
-    if version is None or not batches_left(registry, version, champion):
+    if version is None or not batches_left(registry, version):
         return None
     return Shadow(version, registry.network(version), registry.reference(version))
 
 
-def out_of_shadow(registry: Registry, champion: Version) -> Version | None:
+def out_of_shadow(registry: Registry) -> Version | None:
     """Return the challenger that has answered its batches, and can be judged."""
     version = shadow_of(registry)
-    return None if version is None or batches_left(registry, version, champion) else version
+    return None if version is None or batches_left(registry, version) else version
 
 
 def compare_answers(

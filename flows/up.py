@@ -33,6 +33,7 @@ from flows.servers import (
     MLFLOW_USER,
     POOL,
     START_SECONDS,
+    WEBHOOK_SECRET,
     ServerError,
     basic,
     start,
@@ -47,7 +48,6 @@ LOCK = "up.lock"
 WORKER, RECEIVER = "the worker", "the webhook's receiver"
 USERS, USERS_SETTINGS = "mlflow-users.db", "mlflow-users.ini"
 PREFECT_AUTH = "PREFECT_API_AUTH_STRING"
-WEBHOOK_SECRET = "WEBHOOK_SECRET"  # noqa: S105 - the variable's name
 MIN_PASSWORD = 12
 """Characters; MLflow refuses shorter ones."""
 

@@ -180,7 +180,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         asking=decider.asking(present),
         standing=decider.standing(present),
         adapting=drift_to_adapt_to(registry, settings, champion, present),
-        waiting=judgeable(registry, champion, labels) or out_of_shadow(registry, champion),
+        waiting=judgeable(registry, champion, labels) or out_of_shadow(registry),
         untold=bool(settings.notify.to and untold(registry, settings, now)),
         labels=labels,
         decider=decider,
@@ -295,8 +295,7 @@ def check_all(
         What was checked, and what the storage did not give: that is tried again by the next run,
         and does not keep the other batches waiting.
     """
-    shadow = load_shadow(registry, plan.champion)
-    against = load_champion(registry, plan.champion, shadow)
+    against = load_champion(registry, plan.champion, load_shadow(registry))
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 

@@ -26,10 +26,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from flows.metrics import Exporter
 from flows.registry import Registry
-from flows.servers import LOOPBACK, MLFLOW_PASSWORD, MLFLOW_USER, basic
+from flows.servers import LOOPBACK, MLFLOW_PASSWORD, MLFLOW_USER, WEBHOOK_SECRET, basic
 from flows.settings import Settings
 
-SECRET = "WEBHOOK_SECRET"  # noqa: S105 - the variable's name
 FRESH = timedelta(minutes=5)
 """How far a message's time may be off: clocks differ, and MLflow tries again for a minute."""
 MAX_BYTES = 65_536
@@ -173,11 +172,11 @@ def serve(
     Raises:
         WebhookError: there is no secret, or there are no credentials, in the environment.
     """
-    secret = os.environ.get(SECRET, "")
+    secret = os.environ.get(WEBHOOK_SECRET, "")
     if not secret:
         raise WebhookError(
-            f"the environment variable {SECRET} is not set: MLflow signs its messages with it, and"
-            " nobody else's are believed (openssl rand -hex 32)"
+            f"the environment variable {WEBHOOK_SECRET} is not set: MLflow signs its messages with"
+            " it, and nobody else's are believed (openssl rand -hex 32)"
         )
     user, password = os.environ.get(MLFLOW_USER, ""), os.environ.get(MLFLOW_PASSWORD, "")
     login = "" if host in LOOPBACK else f"{user}:{password}"

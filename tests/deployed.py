@@ -76,9 +76,9 @@ class Deployments:
         for _ in range(5):  # it asks once: on a busy machine before the run is handed out
             said = self.prefect("worker", "start", "--pool", self.pool, *once)
             (run,) = self.runs(deployment_id)
-            if run["state_type"] == "COMPLETED":
+            if run["state_type"] not in ("SCHEDULED", "PENDING"):
                 break
-        assert run["state_type"] == "COMPLETED", said
+        assert run["state_type"] == "COMPLETED", (run["state"], said)
         return run
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from worlds import free
+
+from flows.servers import unreachable
 
 PATIENCE = 60.0
 
@@ -179,11 +180,7 @@ class Bucket:
             self.process.wait()
 
     def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.address}:8333/healthz", timeout=1):
-                return True
-        except OSError:
-            return False
+        return unreachable(f"http://{self.address}:8333/healthz", 1) is None
 
 
 @contextmanager

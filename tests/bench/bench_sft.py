@@ -41,6 +41,7 @@ from sft_methods import (
     HEAD_CACHED,
     METHODS,
     PHOTOGRAPH,
+    TUTORIAL_SGD,
     Method,
     Outcome,
     follow,
@@ -52,6 +53,7 @@ from flows.doubt import adapted_answers, see
 from sft.dataset import LabelledPictures
 from sft.models import Network
 from sft.noise import NoiseSettings, judge_labels
+from sft.train import TrainingSettings
 
 AVALANCHE = "Avalanche "
 CELLS = realdata.CACHE / "sft"
@@ -68,6 +70,7 @@ OFTEN = {
 }
 """What is measured with three seeds, by world and labels: what a target names. The rest takes one:
 it is dear, or does not depend on the seed, or no target asks for it."""
+PEERS_ON = (("digits", 200), ("sensor", 200), ("squeezenet", 140))
 DELIVERIES = 20
 DELIVERED = 140
 WRONG = 0.6
@@ -130,13 +133,25 @@ class Runner:
         else:
             known = self._outcome(replace(cell, method=ours(cell.world)))
             assert known is not None
-            size = method.settings.batch_size
-            outcome = sft_peers.ask(given, [peer], known.steps, size, cell.seed)[peer]
+            outcome = sft_peers.ask(
+                given,
+                [peer],
+                known.steps,
+                method.settings.batch_size,
+                cell.seed,
+                peers_rate(method.settings),
+            )[peer]
         CELLS.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps({"cell": asdict(cell), "outcome": asdict(outcome)}))
         unfinished.replace(path)
         return outcome
+
+
+def peers_rate(settings: TrainingSettings) -> float:
+    """Give the rate of our backbone, if it is set: the peers have one rate for all weights."""
+    rate = settings.learning_rate * settings.backbone_rate
+    return rate if math.isfinite(rate) else sft_peers.LEARNING_RATE
 
 
 def _method(cell: Cell) -> Method:
@@ -299,7 +314,7 @@ def avalanche(run: Runner) -> list[Figure]:
     replay = f"{AVALANCHE}Replay"
     lost: dict[str, list[float]] = defaultdict(list)
     worlds: dict[str, float] = {}
-    for place, labels in (("digits", 200), ("sensor", 200), ("squeezenet", 140)):
+    for place, labels in PEERS_ON:
         found = measure(run, place, labels, [ours(place), *names])
         if not found[replay]:
             continue
@@ -310,13 +325,17 @@ def avalanche(run: Runner) -> list[Figure]:
             for whose, name in (("ours", ours(place)), ("Replay", replay))
             for words, what in (("", _forgetting), (", mean accuracy", _mean))
         }
-    if not lost:
+    if len(lost[replay]) < len(PEERS_ON):  # the figure is of all of them
         return []
     mine, theirs = float(np.mean(lost["ours"])), float(np.mean(lost[replay]))
-    others = {name: float(np.mean(lost[name])) for name in names if name != replay and lost[name]}
+    others = {
+        name: float(np.mean(lost[name]))
+        for name in names
+        if name != replay and len(lost[name]) == len(PEERS_ON)
+    }
     return [
         Figure(
-            f"average forgetting over {len(lost[replay])} worlds, same steps",
+            "average forgetting over digits, sensor and PACS, same steps",
             mine,
             f"<= {theirs / 2:.2g} (half of Avalanche Replay's)",
             mine <= theirs / 2,
@@ -401,10 +420,10 @@ def everything(run: Runner) -> list[Figure]:
     return []
 
 
-RECIPE_ONLY = {PHOTOGRAPH, HEAD_CACHED}
+RECIPE_ONLY = {PHOTOGRAPH, HEAD_CACHED, TUTORIAL_SGD}
 PHOTOGRAPH_METHODS = (
     "no update",
-    "tutorial fine-tuning",
+    TUTORIAL_SGD,
     "scratch on everything",
     PHOTOGRAPH,
 )

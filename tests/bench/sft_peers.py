@@ -36,6 +36,7 @@ PACKAGES = ("avalanche-lib==0.6.0", "safetensors>=0.4.5")
 STRATEGIES = ("Naive", "Replay", "EWC", "LwF")
 MEMORY = 500
 LEARNING_RATE = 1e-3
+"""Of a small network; a pretrained one is destroyed by it."""
 
 
 # --- this side
@@ -64,7 +65,12 @@ def make(python: str = sys.executable) -> str | None:
 
 
 def ask(
-    world: World, strategies: Sequence[str], steps: Sequence[int], batch: int, seed: int
+    world: World,
+    strategies: Sequence[str],
+    steps: Sequence[int],
+    batch: int,
+    seed: int,
+    learning_rate: float = LEARNING_RATE,
 ) -> dict[str, Outcome]:
     """Let Avalanche follow a world, with so many steps a stage.
 
@@ -81,7 +87,13 @@ def ask(
         arrays = {f"pixels{i}": one.pixels.numpy() for i, one in enumerate(sets)}
         arrays |= {f"labels{i}": one.labels.numpy() for i, one in enumerate(sets)}
         np.savez(folder / "given.npz", **arrays)
-        asked = {"strategies": list(strategies), "steps": list(steps), "batch": batch, "seed": seed}
+        asked = {
+            "strategies": list(strategies),
+            "steps": list(steps),
+            "batch": batch,
+            "seed": seed,
+            "learning_rate": learning_rate,
+        }
         (folder / "asked.json").write_text(json.dumps(asked))
         run = subprocess.run(
             [str(ENVIRONMENT / "bin" / "python"), str(Path(__file__)), str(folder)],
@@ -145,7 +157,7 @@ def _follow(folder: Path, strategy: str, sets: list[Any], asked: dict[str, Any])
         plain: Any = TensorDataset(pixels, labels)
         plain.targets = labels.tolist()
         data.append(with_task(plain, task_labels=[0] * len(labels)))
-    learner = _strategy(strategy, network, asked["batch"], EvaluationPlugin())
+    learner = _strategy(strategy, network, asked, EvaluationPlugin())
     seconds = []
     for place, experience in enumerate(benchmark_from_datasets(train=data).train_stream):
         began = time.process_time()
@@ -158,7 +170,7 @@ def _follow(folder: Path, strategy: str, sets: list[Any], asked: dict[str, Any])
     return seconds
 
 
-def _strategy(name: str, network: Network, batch: int, evaluator: Any) -> Any:
+def _strategy(name: str, network: Network, asked: dict[str, Any], evaluator: Any) -> Any:
     """Make a strategy as its documentation shows it, that stops after `most_steps` of a stage."""
     from avalanche.core import SupervisedPlugin
     from avalanche.training import supervised
@@ -179,9 +191,10 @@ def _strategy(name: str, network: Network, batch: int, evaluator: Any) -> Any:
                 strategy.stop_training()
 
     plugins: list[Any] = [Steps()]
+    batch = asked["batch"]
     given: dict[str, Any] = {
         "model": network,
-        "optimizer": torch.optim.Adam(network.parameters(), lr=LEARNING_RATE),
+        "optimizer": torch.optim.Adam(network.parameters(), lr=asked["learning_rate"]),
         "criterion": torch.nn.CrossEntropyLoss(),
         "train_mb_size": batch,
         "evaluator": evaluator,

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from browser import open_tab
 from playwright.sync_api import Page
+from worlds import free
 
 from flows.registry import Registry
 from flows.settings import load_settings
@@ -149,7 +150,7 @@ def test_watch_again_has_nothing_to_do(told: tuple[Path, str]) -> None:
 
 def test_the_uis_show_what_was_made(told: tuple[Path, str]) -> None:
     """`sustain ui` starts both UIs on the demo's record, and Ctrl-C leaves no process behind."""
-    folder, ports = told[0], [_free_port(), _free_port()]
+    folder, ports = told[0], [free(), free()]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     command = [sys.executable, "-m", "flows.cli", "ui", "-s", str(folder / "demo" / "sustain.toml")]
     command += ["--mlflow-port", str(ports[0]), "--prefect-port", str(ports[1])]
@@ -180,12 +181,6 @@ def test_the_uis_show_what_was_made(told: tuple[Path, str]) -> None:
     for port in ports:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_the_version_serves_and_can_be_trained_again(

@@ -123,6 +123,7 @@ def ended(up: Up) -> dict[int, str]:
     return left
 
 
+@pytest.mark.nightly
 def test_up_is_alone_asks_for_credentials_and_leaves_nothing(tmp_path: Path) -> None:
     """Nothing answers without credentials, no log holds them, Ctrl-C ends every process.
 

@@ -23,7 +23,6 @@ import signal
 import sys
 import time
 import traceback
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,6 +56,7 @@ from flows.history import read_history
 from flows.promote import promote
 from flows.registry import CHALLENGER, CHAMPION, Registry
 from flows.rollback import rollback
+from flows.servers import unreachable
 from flows.settings import load_settings
 from flows.watch import make_plan, watch
 
@@ -653,7 +653,7 @@ class Server:
                 os._exit(1)
         self.pid = pid
         end = time.monotonic() + CHILD_SECONDS
-        while not self._answers():
+        while unreachable(f"http://127.0.0.1:{self.port}/health", 1):
             if time.monotonic() > end:
                 raise TimeoutError("MLflow's server does not answer")
             time.sleep(0.05)
@@ -662,13 +662,6 @@ class Server:
         """Kill it, as kill -9 does."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1):
-                return True
-        except OSError:
-            return False
 
 
 # ---- faults

@@ -98,7 +98,7 @@ def read_story(settings: Settings, screenshots: Path) -> tuple[str, str]:
         opened.value.get_by_role("tab", name="Artifacts", selected=True).wait_for()
         report = opened.value.frame_locator("iframe[sandbox]")
         report.get_by_text("What next?", exact=True).wait_for()
-        opened.value.screenshot(path=screenshots / "report.png")
+        opened.value.screenshot(path=screenshots / "drift-report.png")
         return told, report.locator("body").inner_text()
 
 
@@ -133,8 +133,9 @@ def ask_for_a_run(ui: str, deployment_id: str, who: str, screenshots: Path) -> N
         page.get_by_role("button", name="Run", exact=True).click()
         page.screenshot(path=screenshots / "approval-1.png")
         page.get_by_text("Custom run", exact=True).click()
-        page.locator("form textarea").last.fill(who)  # the path of the settings is the first
-        page.screenshot(path=screenshots / "approval-2.png")
+        page.locator("form textarea").nth(1).fill(who)  # the path of the settings is the first
+        path = page.locator("form textarea").first  # the picture is for README: no path in it
+        page.screenshot(path=screenshots / "approval-2.png", mask=[path], mask_color="#1c1c1e")
         page.get_by_role("button", name="Submit", exact=True).click()
         page.get_by_text("scheduled to start now").first.wait_for()
 

@@ -51,7 +51,8 @@ def test_an_ensemble_is_promoted_served_and_watched(
     world = make_world(
         tmp_path / "ensemble",
         "ensemble",
-        "\n[search]\nenabled = true\nfolds = 2\ngrid = { learning_rate = [1e-6, 3e-3] }\n",
+        "max_latency_ratio = 4\n"  # two networks take twice the time of one, more or less
+        "[search]\nenabled = true\nfolds = 2\ngrid = { learning_rate = [1e-6, 3e-3] }\n",
         change=(
             "[training]\nepochs = 40",
             '[training]\nepochs = 10\nafter = "ensemble"\nmembers = 2',
@@ -75,6 +76,7 @@ def test_an_ensemble_is_promoted_served_and_watched(
     assert [one.samples for one in checked] == [0, 100]  # it learned all of the first
 
 
+@pytest.mark.nightly
 def test_a_challenger_without_labels_waits_for_them_and_serves(
     tmp_path: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,7 @@ def test_deploying_again_changes_nothing_and_without_a_model_removes_it(
         deploy([a, a], POOL)
 
 
+@pytest.mark.nightly
 def test_a_worker_that_was_away_catches_up_once(
     small_world: Callable[[str], World], prefect_server: str, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_worker_that_was_away_catches_up_once(
     assert kinds == {"optical-01": 1, "optical-02": 1}
 
 
+@pytest.mark.nightly
 def test_what_a_dead_worker_left_is_ended_and_its_slot_freed(
     small_world: Callable[[str], World], prefect_server: str
 ) -> None:

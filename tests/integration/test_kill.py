@@ -7,7 +7,7 @@ open, the same fresh labels. kill_driver.py, beside this file, says how it is do
 
 The state on disk "just after" a write is the one "just before" the next: unless KILL_ALL is
 set (`make test-nightly` sets it), one of the two is tried, what bootstrap, watch and retrain share
-is tried in the longest chain only, and there every second write but those that DECIDE, so that 2
+is tried in the longest chain only, and there every fourth write but those that DECIDE, so that 2
 cores need minutes, not half an hour. Drift reports are replaced by a short file, but for one chain,
 since Evidently takes seconds for each.
 """
@@ -80,7 +80,7 @@ def chosen(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
         numbered = [
             (at, where)
             for at, where in numbered
-            if at % 4 == 0 or at == last or any(kind in where for kind in DECIDE)
+            if at % 8 == 0 or at == last or any(kind in where for kind in DECIDE)
         ]
     numbered = [
         (at, where) for at, where in numbered if not where.startswith("after write") or at == last
@@ -173,8 +173,15 @@ def test_overtaken_at_any_write(cases: dict[str, Cases]) -> None:
     assert not any(complaints.values()), report(complaints)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.7])
-@pytest.mark.parametrize("scenario", ["retrain", "chain"])
+@pytest.mark.parametrize(
+    ("scenario", "seconds"),
+    [
+        ("chain", 0.0),
+        pytest.param("chain", 0.7, marks=pytest.mark.nightly),
+        pytest.param("retrain", 0.0, marks=pytest.mark.nightly),
+        ("retrain", 0.7),
+    ],
+)
 def test_two_at_once(
     scenario: str, seconds: float, drivers: Drivers, cases: dict[str, Cases]
 ) -> None:
@@ -184,6 +191,7 @@ def test_two_at_once(
     assert not wrong, wrong
 
 
+@pytest.mark.nightly
 def test_other_faults(drivers: Drivers) -> None:
     """A batch or labels change under a watch, no file can grow, the clock jumps, MLflow dies.
 

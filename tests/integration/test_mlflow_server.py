@@ -109,7 +109,7 @@ def elsewhere(
             postgres_server.run(f"DROP DATABASE {database} WITH (FORCE)")
 
 
-@pytest.mark.parametrize("kind", ["on_disk", "elsewhere"])
+@pytest.mark.parametrize("kind", [pytest.param("on_disk", marks=pytest.mark.nightly), "elsewhere"])
 def test_the_loop_over_http(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Bootstrap, check, retrain, promote and roll back, with nothing shared but addresses."""
     stores: Stores = request.getfixturevalue(kind)

@@ -20,7 +20,7 @@ from flows.promote import promote
 from flows.registry import Registry
 from flows.retrain import retrain
 from flows.servers import start_mlflow, stop, wait_until_healthy
-from flows.webhook import MAX_BYTES, SECRET, Gatekeeper, Refused, Watcher, make_app, sign
+from flows.webhook import MAX_BYTES, Gatekeeper, Refused, Watcher, make_app, sign
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ def test_a_moved_alias_takes_effect_by_itself(
     port, mlflow = free(), free()
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http,https")
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
-    monkeypatch.setenv(SECRET, "a secret")
+    monkeypatch.setenv("WEBHOOK_SECRET", "a secret")
     logs = tmp_path / "logs"
     address = f"http://127.0.0.1:{mlflow}"
     started = [start_mlflow(world.settings, mlflow, logs)]

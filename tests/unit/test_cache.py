@@ -297,3 +297,18 @@ def test_nothing_is_cut_where_it_would_be_wrong() -> None:
     phase = phases(around, SETTINGS)[0]
     assert boundary(around, phase) == "body.last"
     assert cut(around, phase, ActivationCache(), data) is None
+
+    class CountsPictures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle = nn.Linear(64, 8), nn.Linear(8, 8)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, scaled: Tensor) -> Tensor:
+            hidden = self.middle(self.first(scaled.flatten(1)).relu())
+            return self.last(hidden.view(len(scaled), -1))
+
+    counts = Network(of.config, CountsPictures())
+    phase = phases(counts, StrategySettings(train_last=1))[0]
+    assert boundary(counts, phase) == "body.middle"
+    assert cut(counts, phase, ActivationCache(), data) is None
