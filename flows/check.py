@@ -41,6 +41,7 @@ from monitoring.policy import Action, Decision, Evidence
 from monitoring.reference import Reference
 from monitoring.sequential import Running, StreamEvidence, StreamState, bets, step
 from monitoring.slices import MAX_VALUES, Slice, check_slices, joined, values_of
+from monitoring.triggers import rank_of
 from sft.dataset import Role, role_of
 from sft.memory import Memory
 from sft.models import Network
@@ -51,6 +52,7 @@ from sft.tasks import rightly
 POOLED = "pooled"
 """The action of a batch that was too small by itself: it is tested with the following ones."""
 FAILED = "failed"
+DISTANCE = "drift.distance"
 NEARLY_ALL = 0.9
 BATCHES_OF_REFERENCE = 10
 MAX_PAST = 200
@@ -256,7 +258,7 @@ def check(
     except ValueError as error:  # such as a reference that is too small for alpha
         return _fail(registry, batch, champion, run_id, str(error), past)
     quarantined = len(look.read.quarantined) if registry.live else 0
-    metrics = _metrics(measured, len(own), quarantined)
+    metrics = _metrics(measured, len(own), quarantined) | _distance(measured.detection, past)
     shadow = against.shadow
     if shadow is not None and (theirs := look_once(registry, look, shadow)) is not None:
         config = against.network.config
@@ -392,6 +394,8 @@ def evidence_of(batch_id: str, metrics: Mapping[str, float], settings: Settings)
         novelty=metrics["accuracy.novelty"],
         believable=metrics["accuracy.believable"] > 0,
         stream=_stream_short(settings),
+        distance=metrics.get(DISTANCE),
+        distance_rank=metrics.get(f"{DISTANCE}_rank"),
     )
 
 
@@ -594,6 +598,15 @@ def _metrics(measured: Measured, samples: int, quarantined: int) -> dict[str, fl
         "batch.tested": float(len(measured.features)),
         "batch.quarantined": float(quarantined),
     }
+
+
+def _distance(detection: Detection, past: Past) -> dict[str, float]:
+    """Tell how far the batch is, and of how many of the last checks' distances that is more."""
+    if (distance := detection.distance) is None:
+        return {}
+    before = [r.metrics[DISTANCE] for r in past.records if DISTANCE in r.metrics]
+    rank = rank_of(distance, before)
+    return {DISTANCE: distance} | ({} if rank is None else {f"{DISTANCE}_rank": rank})
 
 
 def _log_report(

@@ -23,7 +23,7 @@ from flows.feed import FeedSettings
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
 from monitoring.sequential import StreamSettings
-from monitoring.triggers import read_schedule
+from monitoring.triggers import Measure, measures, read_schedule
 from sft.adaptation import AdaptationSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
@@ -316,6 +316,16 @@ class Settings:
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse a trigger that nothing would ever measure."""
+        distances = {Measure.DISTANCE, Measure.DISTANCE_RANK}
+        wanted = sorted(distances & measures(self.policy.retrain_when))
+        if wanted and "mmd" not in self.detection.detectors:
+            raise SettingsError(
+                f"{self.path.name}: [policy] retrain_when has {wanted[0]}, and the distance is that"
+                " of the test mmd: name it in detectors under [detection]"
+            )
 
     @property
     def root(self) -> Path:

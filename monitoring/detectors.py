@@ -823,6 +823,21 @@ class Detection:
     regime: str
     top_columns: tuple[str, ...]
 
+    @property
+    def distance(self) -> float | None:
+        """How far the batch is from its regimes, 0 to 1.414; None if no kernel compared them.
+
+        The maximum mean discrepancy, whose square is the mean of the parts' over the samples. It
+        does not grow with the batch, as evidence does.
+        """
+        found = [
+            part.share * min(2.0, max(0.0, shift.statistic))
+            for part in self.parts
+            for shift in part.shifts
+            if shift.detector == MMD().name
+        ]
+        return math.sqrt(sum(found)) if found else None
+
 
 def detect_drift(
     reference: Reference, batch: FeatureTable, settings: DetectionSettings

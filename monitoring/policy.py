@@ -14,6 +14,8 @@ from monitoring.accuracy import MAX_NOVELTY
 from monitoring.probation import Comparison
 from monitoring.triggers import (
     DEFAULT_TRIGGER,
+    LAST_CHECKS,
+    LEAST_CHECKS,
     MAX_DAYS,
     AtLeast,
     Limit,
@@ -143,6 +145,8 @@ class Evidence:
         stream: what rings for the stream and how often by chance, in words, such as "false alarms:
             at most one in 1,000 batches on average"; empty when each batch rings for itself.
         before: how the version before the champion does on the labels since, if it was asked.
+        distance: how far the batch is from the reference, None where no kernel measured it.
+        distance_rank: the share of the last checks' distances that it exceeds, None after too few.
 
     """
 
@@ -159,6 +163,8 @@ class Evidence:
     believable: bool = True
     stream: str = ""
     before: Comparison | None = None
+    distance: float | None = None
+    distance_rank: float | None = None
 
 
 @dataclass(frozen=True)
@@ -483,6 +489,8 @@ def _read(trigger: Trigger, case: _Case) -> _Reading:
             return _read_sign(trigger, case)
         case Limit(Measure.ACCURACY):
             return _read_accuracy(trigger, case)
+        case Limit(Measure.DISTANCE | Measure.DISTANCE_RANK):
+            return _read_distance(trigger, case.evidence)
         case Limit():
             return _read_amount(trigger, case)
         case Schedule():
@@ -530,6 +538,22 @@ def _read_accuracy(limit: Limit, case: _Case) -> _Reading:
     met = accuracy < limit.value - ROUNDING
     words = f"accuracy {accuracy:.3f} {source} (limit {number(limit.value)})"
     return _Reading(None if not met and case.unknown else met, told=(words,))
+
+
+def _read_distance(limit: Limit, evidence: Evidence) -> _Reading:
+    distance, rank = evidence.distance, evidence.distance_rank
+    if distance is None:
+        return _Reading(met=False, told=("no drift distance is on record",))
+    said = f"drift distance {distance:.3f}"
+    if limit.measure is Measure.DISTANCE:
+        found = distance
+    elif rank is None:
+        few = f"{said}, with fewer than {LEAST_CHECKS} earlier ones to hold it against"
+        return _Reading(met=False, told=(few,))
+    else:
+        said, found = f"{said}, above {rank:.0%} of the last {LAST_CHECKS} or fewer", rank
+    met = found >= limit.value - ROUNDING
+    return _Reading(met, told=(f"{said} (limit {number(limit.value)})",))
 
 
 def _read_amount(limit: Limit, case: _Case) -> _Reading:

@@ -10,7 +10,8 @@ Three streams, a batch an hour, every picture's label 1.5 hours after it:
 
 The policies are those of Modyn's grid (Böther et al. 2025) as far as the product has them: every so
 many batches or samples, a drift test with a fixed threshold on each batch or summed up over the
-stream, and true accuracy below a limit; beside ours as it is by default, never, and the oracle.
+stream, a drift distance above a fixed threshold or one that rolls with the last 15, and true
+accuracy below a limit; beside ours as it is by default, never, and the oracle.
 """
 
 from __future__ import annotations
@@ -84,7 +85,13 @@ EVERY = (1, 3, 5, 15)
 SAMPLES = (500, 1000, 2000)
 BELOW = (0.70, 0.80, 0.85, 0.90, 0.95)
 SCHEDULES = (*(f"every {n} batches" for n in EVERY), *(f"every {n} samples" for n in SAMPLES))
-DRIFT = ("drift test, p < .05", "drift test, p < .01", "drift, CUSUM")
+ABOVE = (0.1, 0.2, 0.4)
+QUANTILES = (0.8, 0.95)
+DISTANCE = (
+    *(f"drift distance > {limit:g}" for limit in ABOVE),
+    *(f"drift distance > quantile {share:g}" for share in QUANTILES),
+)
+DRIFT = ("drift test, p < .05", "drift test, p < .01", "drift, CUSUM", *DISTANCE)
 
 
 def head(num_classes: int) -> nn.Module:
@@ -173,6 +180,12 @@ def policies() -> list[Grid]:
         drift = {"policy": {when: "drift"}, "stream": per_batch, "detection": {"alpha": alpha}}
         grids.append(grid_of(name, drift))
     grids.append(grid_of(DRIFT[2], {"policy": {when: "drift"}, "stream": {"method": "cusum"}}))
+    distances = [("drift_distance_above", limit) for limit in ABOVE]
+    distances += [("drift_distance_quantile", share) for share in QUANTILES]
+    grids += [
+        grid_of(name, {"policy": {when: {key: limit}}})
+        for name, (key, limit) in zip(DISTANCE, distances, strict=True)
+    ]
     grids += [
         grid_of(f"accuracy < {limit:.2f}", {"policy": {when: {"accuracy_below": limit}}})
         for limit in BELOW

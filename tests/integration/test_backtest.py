@@ -87,7 +87,7 @@ def test_an_emitted_policy_behaves_as_replayed(world: World) -> None:
     assert "try: min_drop=0.5" in done.output
     registry = Registry(load_settings(root / "best.toml", environ={}))
     assert [v.number for v in registry.versions()] == [1]  # a replay makes none on record
-    [replayed] = [run for run in _runs(registry) if run["chosen"] == "true"]
+    replayed = next(run for run in _runs(registry) if run["chosen"] == "true")
     assert replayed["retrainings"] >= 1
 
     lived = _live(world, root / "best.toml")
@@ -98,7 +98,7 @@ def test_an_emitted_policy_behaves_as_replayed(world: World) -> None:
 
 
 def _runs(registry: Registry) -> list[dict[str, float | str]]:
-    """Read what the replay put on record."""
+    """Read what replays put on record, the newest first."""
     name = f"sustain/{registry.name}/backtest"
     experiment = registry.client.get_experiment_by_name(name)
     return [

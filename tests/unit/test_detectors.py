@@ -54,6 +54,25 @@ def check(reference: Reference, batch: FeatureTable, alpha: float = 0.01) -> Det
     return detect_drift(reference, batch, DetectionSettings(alpha=alpha))
 
 
+def test_the_distance_grows_with_the_move_and_not_with_the_batch() -> None:
+    """Near zero without a move, more with a larger one, and about as much for 50 and 400 rows."""
+    rng = np.random.default_rng(0)
+    reference = worlds(rng)
+
+    def distance(n: int, move: float) -> float:
+        found = check(reference, table(rng, n, move=move)).distance
+        assert found is not None
+        return found
+
+    quiet, little, much = (distance(400, move) for move in (0.0, 1.0, 3.0))
+    assert quiet < 0.1 < little < much < 1.414
+    assert 0.5 < distance(50, 3.0) / much < 2
+    half = concatenate([table(rng, 200, move=3.0), table(rng, 200, world=15.0)])
+    assert quiet < check(reference, half).distance < much
+    alone = DetectionSettings(detectors={"hotelling": 1.0})
+    assert detect_drift(reference, half, alone).distance is None
+
+
 def test_hotelling_is_the_textbook_test() -> None:
     """T² and p are those of the textbook's formula, whitened by the half or all together."""
     rng = np.random.default_rng(0)

@@ -26,6 +26,7 @@ from monitoring.policy import (
     on_probation,
 )
 from monitoring.probation import Comparison, compare_pairs, count_pairs, paired_e_value
+from monitoring.triggers import Measure, measures, parse_trigger, rank_of
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 SETTINGS = PolicySettings(min_drop=0.05, min_labels=100, min_classes=2, cooldown_hours=24)
@@ -224,6 +225,7 @@ TWO_OF_THREE = """{{ at_least = 2, of = [
     "damage", {{ fresh_labels = {} }}, {{ days_since_training = 7 }}
 ] }}"""
 FOREIGN = replace(SHIFTED, novelty=0.6, believable=False)
+FAR = replace(QUIET, distance=0.3, distance_rank=0.8)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +262,15 @@ FOREIGN = replace(SHIFTED, novelty=0.6, believable=False)
         ("{ accuracy_below = 0.7 }", HURT, "watch", ["it hurts", "(limit 0.7)"]),
         ("{ accuracy_below = 0.75 }", SEEN, "watch", ["accuracy 0.800 on 300 labels"]),
         ("{ accuracy_below = 0.85 }", FOREIGN, "ask_for_labels", ["only labels can tell"]),
+        ("{ drift_distance_above = 0.3 }", FAR, "retrain", ["drift distance 0.300 (limit 0.3)"]),
+        ("{ drift_distance_above = 0.31 }", FAR, "none", ["Not due: drift distance 0.300 (limit"]),
+        ("{ drift_distance_above = 0.3 }", HURT, "watch", ["no drift distance is on record"]),
+        ("{ drift_distance_quantile = 0.8 }", FAR, "retrain", ["0.300, above 80% of the last 15"]),
+        ("{ drift_distance_quantile = 0.81 }", FAR, "none", ["(limit 0.81)"]),
+        (
+            "{ drift_distance_quantile = 0.8 }", replace(FAR, distance_rank=None), "none",
+            ["Not due: drift distance 0.300, with fewer than 5 earlier ones"],
+        ),
         # NOW is a Saturday noon; the last training was on Friday the 13th at noon
         ('{ schedule = "0 3 * * 0" }', QUIET, "retrain", ["scheduled for 2026-11-15 03:00 UTC"]),
         ('{ schedule = "0 12 13,21 * *" }', QUIET, "retrain", ["for 2026-11-21 12:00 UTC"]),
@@ -304,6 +315,22 @@ def test_triggers(when: str, evidence: Evidence, action: str, words: list[str]) 
     assert decision.action == Action(action), decision.reason
     for word in words:
         assert word in decision.reason
+
+
+def test_a_distance_is_ranked_among_the_last_ones() -> None:
+    """Of 20 distances the last 15 count; four are too few, and one that ties exceeds none."""
+    rising = [0.01 * place for place in range(20)]
+    assert rank_of(0.105, rising) == pytest.approx(6 / 15)
+    assert rank_of(1.0, rising[:5]) == 1
+    assert rank_of(1.0, rising[:4]) is None
+    assert rank_of(0.1, [0.1] * 15) == 0
+
+
+def test_what_a_trigger_looks_at_is_found_within_it() -> None:
+    """However deep a limit lies; a sign and a schedule have none."""
+    deep = {"any": ["drift", {"all": [{"fresh_labels": 1}, {"drift_distance_above": 0.3}]}]}
+    assert measures(parse_trigger(deep)) == {Measure.FRESH_LABELS, Measure.DISTANCE}
+    assert measures(parse_trigger({"schedule": "0 3 * * 0"})) == frozenset()
 
 
 @pytest.mark.parametrize("when", ["{ days_since_training = 7 }", '{ schedule = "0 3 * * 0" }'])
@@ -366,6 +393,8 @@ def test_obstacles_hold_for_every_trigger() -> None:
         ('{ samples_since_training = "many" }', "samples_since_training = 'many'"),
         ("{ days_since_training = nan }", "days_since_training = nan: a number of days over 0"),
         ("{ accuracy_below = 80 }", "accuracy_below = 80: a share between 0 and 1"),
+        ("{ drift_distance_above = 2 }", "drift_distance_above = 2: a distance over 0"),
+        ("{ drift_distance_quantile = 95 }", "drift_distance_quantile = 95: a share between"),
         ('{ any = [{ schedule = "0 3 * *" }] }', r"any\[0\].schedule = .*five fields"),
         ('{ schedule = "0 25 * * *" }', "no crontab line .Bad hour"),
         ('{ schedule = "0 0 31 2 *" }', "schedule = '0 0 31 2"),
@@ -409,6 +438,11 @@ def test_describe_says_every_limit() -> None:
         "not within 24 hours", "at most 3 times in 30 days", "never rolls back by itself",
     ):  # fmt: skip
         assert words in said
+    far = "{ any = [{ drift_distance_above = 0.3 }, { drift_distance_quantile = 0.95 }] }"
+    assert (
+        "the drift distance is 0.3 or more or the drift distance is above the quantile 0.95 of the "
+        "last 15 checks'"
+    ) in describe(retraining(far))
     assert describe(retraining('"never"')).startswith("Never retrains; rolls back within 14 days")
 
 
