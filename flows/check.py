@@ -21,7 +21,6 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.batches import read_batch
 from flows.digest import digest
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
@@ -191,10 +190,11 @@ class Decides(Protocol):
         ...
 
 
-def stamp_of(batch: Batch, settings: Settings) -> str:
-    """Name the state of a batch and of the settings that a check may fail by."""
+def stamps_of(batches: Sequence[Batch], settings: Settings) -> list[str]:
+    """Name the states of batches and of the settings that their checks may fail by."""
     stated = [asdict(part) for part in (settings.feed, settings.detection, settings.checks)]
-    return f"{batch.stamp}-{digest(stated)[:8]}"
+    named = digest(stated)[:8]
+    return [f"{batch.stamp}-{named}" for batch in batches]
 
 
 def is_tested(record: CheckRecord) -> bool:
@@ -228,9 +228,9 @@ def check(
     the settings do.
     """
     champion = against.version
-    look = Look(settings, against, batch)
+    look = Look(registry, against, batch)
     key = CheckKey(champion.number, batch.id, batch.digest)
-    run_id = registry.begin_check(key, stamp_of(batch, settings))
+    run_id = registry.begin_check(key, *stamps_of([batch], settings))
     try:
         own = look_once(registry, look)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
@@ -480,20 +480,14 @@ def estimate_track(records: Sequence[CheckRecord]) -> Track:
 class Look:
     """A look at a batch through the eyes of the champion; its pictures are read once, if at all."""
 
-    settings: Settings
+    registry: Registry
     against: Against
     batch: Batch
 
     @cached_property
     def read(self) -> BatchData:
         """Read the batch."""
-        return read_batch(
-            self.batch,
-            self.settings.feed,
-            self.settings.root,
-            self.against.network.config.preprocessing,
-            in_memory_bytes=self.settings.memory.in_memory_bytes,
-        )
+        return self.registry.read(self.batch, self.against.network.config.preprocessing)
 
     def features(self, network: Network) -> FeatureTable | None:
         """Give what a network sees in samples that are news to the champion; None if none is."""
@@ -517,7 +511,7 @@ def look_once(registry: Registry, look: Look, shadow: Shadow | None = None) -> F
     network = against.network if shadow is None else shadow.network
     digests = [against.version.tags["digest"]]
     digests += [] if shadow is None else [shadow.version.tags["digest"]]
-    stated = (batch.id, batch.digest, asdict(look.settings.feed))
+    stated = (batch.id, batch.digest, asdict(registry.settings.feed))
     return registry.once(SEEN, (digests, *stated), lambda: look.features(network))
 
 

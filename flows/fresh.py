@@ -38,9 +38,16 @@ class Labels:
         return self._by_batch.get(batch_id, {})
 
     @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Sample id and label of each."""
+        return list(
+            zip(self.table["sample_id"].tolist(), self.table["label"].tolist(), strict=True)
+        )
+
+    @cached_property
     def _by_batch(self) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}
-        for name, label in zip(self.table["sample_id"], self.table["label"], strict=True):
+        for name, label in self.pairs:
             found.setdefault(name.split("/", 1)[0], {})[name] = label
         return found
 
@@ -69,12 +76,16 @@ class FreshSet:
         kept = [name.split("/", 1)[0] not in batches for name in self.table["sample_id"]]
         return FreshSet(self.table[np.array(kept, dtype=bool)].reset_index(drop=True))
 
-    @property
+    @cached_property
+    def held_out(self) -> int:
+        """How many of them are held out."""
+        return sum(role_of(name) is Role.HOLDOUT for name in self.table["sample_id"].tolist())
+
+    @cached_property
     def digest(self) -> str:
         """Digest of the set: the same labels give the same digest, whatever file they came in."""
-        rows = "\n".join(
-            json.dumps([row.sample_id, row.label]) for row in self.table.itertuples(index=False)
-        )
+        pairs = zip(self.table["sample_id"].tolist(), self.table["label"].tolist(), strict=True)
+        rows = "\n".join(json.dumps(pair) for pair in pairs)
         return hashlib.sha256(rows.encode()).hexdigest()
 
 
@@ -166,17 +177,17 @@ def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:
 
     `learned` lists newest versions first, so that a sample's last label counts.
     """
-    last = learned.drop_duplicates("sample_id", keep="first")
-    known = set(zip(last["sample_id"], last["label"], strict=True))
-    pairs = zip(labels.table["sample_id"], labels.table["label"], strict=True)
-    fresh = np.array([pair not in known for pair in pairs], dtype=bool)
+    oldest_first = zip(
+        learned["sample_id"].tolist()[::-1], learned["label"].tolist()[::-1], strict=True
+    )
+    last = dict(oldest_first)
+    fresh = np.array([last.get(name) != label for name, label in labels.pairs], dtype=bool)
     return FreshSet(labels.table[fresh].reset_index(drop=True))
 
 
 def held_out_labels(labels: Labels) -> dict[str, str]:
     """Return sample id to label for those that no version ever trains on."""
-    pairs = zip(labels.table["sample_id"], labels.table["label"], strict=True)
-    return {name: label for name, label in pairs if role_of(name) is Role.HOLDOUT}
+    return {name: label for name, label in labels.pairs if role_of(name) is Role.HOLDOUT}
 
 
 def labels_needed(fresh: FreshSet, settings: Settings) -> int:
@@ -186,8 +197,7 @@ def labels_needed(fresh: FreshSet, settings: Settings) -> int:
     are fixed, so what is missing is estimated from the share): with fewer, the gate could only say
     "inconclusive", after a training for nothing.
     """
-    held_out = sum(role_of(name) is Role.HOLDOUT for name in fresh.table["sample_id"])
-    missing = max(0, settings.gate.min_fresh - held_out)
+    missing = max(0, settings.gate.min_fresh - fresh.held_out)
     return max(settings.policy.min_labels, len(fresh) + ceil(missing / HOLDOUT_SHARE))
 
 

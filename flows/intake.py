@@ -1,10 +1,13 @@
 """Sorts the good samples of a batch from the bad ones, and judges whether enough are good."""
 
 import hashlib
+import json
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -13,12 +16,13 @@ from flows.storage import FeedError
 from flows.words import count, first_few, printable
 from monitoring.features import tidy
 from sft.pictures import BadPicture, Preprocessing, decode
-from sft.pixels import IN_MEMORY_BYTES, Pixels, PixelSink, take
+from sft.pixels import CHUNK, IN_MEMORY_BYTES, Pixels, PixelSink, map_pixels, take
 
 About: TypeAlias = dict[str, dict[str, Any]]
 """Sample id to what came with it: its `size` (width, height, channels), its `metadata`."""
 
 _OWN_COLUMNS = ("sample_id", "file_name", "label", "sha256")
+_SAMPLES, _PIXELS, _REST = "samples.parquet", "pixels", "rest.json"
 _CHANNELS = {"1": 1, "L": 1, "F": 1, "LA": 2, "RGBA": 4, "CMYK": 4}
 
 
@@ -55,6 +59,46 @@ class BatchData:
     def metadata(self) -> pd.DataFrame:
         """The user's own columns, n rows."""
         return tidy(self.samples.drop(columns=list(_OWN_COLUMNS)))
+
+    def of(self, sample_ids: AbstractSet[str]) -> "BatchData":
+        """Keep some of the samples; what was left out and noted stays."""
+        rows = np.flatnonzero(self.samples["sample_id"].isin(list(sample_ids)))
+        return replace(
+            self,
+            samples=self.samples.iloc[rows].reset_index(drop=True),
+            pixels=take(self.pixels, torch.from_numpy(rows)),
+            sizes=[self.sizes[i] for i in rows],
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write it, metadata as `tidy` gives it; pictures as they are, without compression."""
+        folder.mkdir(parents=True)
+        own = self.samples[list(_OWN_COLUMNS)]
+        pd.concat([own, self.metadata], axis=1).to_parquet(folder / _SAMPLES, index=False)
+        with (folder / _PIXELS).open("wb") as file:
+            for part in self.pixels.split(CHUNK):
+                file.write(part.numpy().tobytes())
+        rest = {
+            "shape": self.pixels.shape[1:],
+            "sizes": self.sizes,
+            "quarantined": [[one.sample_id, one.reason] for one in self.quarantined],
+            "notes": self.notes,
+        }
+        (folder / _REST).write_text(json.dumps(rest))
+
+    @classmethod
+    def load(cls, folder: Path, batch: Batch) -> "BatchData":
+        """Read what `save` wrote of a batch; pictures stay in the file until they are used."""
+        rest = json.loads((folder / _REST).read_text())
+        samples = pd.read_parquet(folder / _SAMPLES)
+        return cls(
+            batch=batch,
+            samples=samples,
+            pixels=map_pixels(folder / _PIXELS, len(samples), rest["shape"]),
+            sizes=[(width, height, channels) for width, height, channels in rest["sizes"]],
+            quarantined=tuple(Quarantined(*one) for one in rest["quarantined"]),
+            notes=tuple(rest["notes"]),
+        )
 
     @property
     def about(self) -> About:

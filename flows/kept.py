@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter
 
+from flows.feed import Batch
+from flows.intake import BatchData
 from monitoring.features import FeatureTable
 
 T = TypeVar("T")
@@ -41,6 +44,11 @@ def as_json(name: str, kind: type[T]) -> Step[T]:
         ),
         lambda path: adapter.validate_python(json.loads(path.read_text())),
     )
+
+
+def as_read(batch: Batch) -> Step[BatchData]:
+    """Describe the step that reads a batch."""
+    return Step("read", BatchData.save, partial(BatchData.load, batch=batch))
 
 
 def _save_table(table: FeatureTable | None, path: Path) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from flows.batches import read_batch
 from flows.check import representative
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
@@ -18,7 +17,6 @@ from flows.intake import TooManyBad
 from flows.kept import ANSWERED
 from flows.package import see
 from flows.registry import CheckRecord, Registry, RegistryError, Version
-from flows.settings import Settings
 from monitoring.features import FeatureTable
 from monitoring.probation import Comparison, Pairs, compare_pairs, count_pairs
 from sft.tasks import rightly
@@ -38,7 +36,6 @@ def version_before(registry: Registry, champion: Version) -> Version | None:
 
 def answer_with_before(
     registry: Registry,
-    settings: Settings,
     champion: Version,
     before: Version,
     batch: Batch,
@@ -65,8 +62,7 @@ def answer_with_before(
     wanted = counted.intersection(features.sample_ids) - learned
 
     def answer() -> FeatureTable | None:
-        seen = network.config.preprocessing
-        read = read_batch(batch, settings.feed, settings.root, seen, only=wanted)
+        read = registry.read(batch, network.config.preprocessing, only=wanted)
         ids = list(read.samples["sample_id"])
         return see(network, ids, read.pixels) if ids else None
 

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -28,6 +29,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from flows import package
+from flows.batches import read_batch
+from flows.feed import Batch
+from flows.intake import BatchData
 from flows.kept import Step, T
 from flows.meter import Cost
 from flows.package import Package
@@ -40,6 +44,7 @@ from monitoring.reference import Reference
 from sft import models
 from sft.memory import Memory
 from sft.models import Network
+from sft.pictures import Preprocessing
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ROLLBACK = "rollback"
@@ -219,6 +224,20 @@ class Registry:
     def view(self) -> View:
         """Show what there is in the feed."""
         return Present(self.settings)
+
+    def read(
+        self, batch: Batch, preprocessing: Preprocessing, only: AbstractSet[str] | None = None
+    ) -> BatchData:
+        """Read a batch, or some of its samples; raises as `flows.batches.read_batch`."""
+        settings = self.settings
+        return read_batch(
+            batch,
+            settings.feed,
+            settings.root,
+            preprocessing,
+            only=only,
+            in_memory_bytes=settings.memory.in_memory_bytes,
+        )
 
     def once(self, step: Step[T], key: Sequence[object], make: Callable[[], T]) -> T:
         """Take a step; a replay takes it once for all policies.

@@ -422,6 +422,6 @@ def _answers(past: Past, start: Start, shelf: Shelf, name: str, first: int) -> t
         features = None
         if place >= first:
             with suppress(BatchNotReady, TooManyBad):
-                features = look_once(registry, Look(past.settings, against, batch))
+                features = look_once(registry, Look(registry, against, batch))
         found.append(_served(registry, version, batch, features, truth))
     return tuple(found)

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from prefect import flow
 
-from flows.batches import read_batch
 from flows.doubt import PAGE, Delivery, judge_delivery, suspicious_files
 from flows.feed import Batch
 from flows.fresh import FreshSet, fresh_set, labels_needed, retrain_key, stated
@@ -372,14 +371,7 @@ def read_window(
             continue
         only = None if whole else wanted[batch.id]
         try:
-            read = read_batch(
-                batch,
-                settings.feed,
-                settings.root,
-                network.config.preprocessing,
-                only=only,
-                in_memory_bytes=settings.memory.in_memory_bytes,
-            )
+            read = registry.read(batch, network.config.preprocessing, only)
         except FeedError as error:
             if batch.id not in wanted:
                 continue  # it would only have added to the reference

@@ -14,26 +14,32 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pandas as pd
 
 from flows import package
 from flows.digest import digest
-from flows.kept import Step, T
+from flows.feed import Batch
+from flows.intake import BatchData
+from flows.kept import Step, T, as_read
 from flows.meter import Cost, Meter, total
 from flows.package import Package
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
+from flows.storage import FeedError
 from flows.view import View
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference
 from sft import models
 from sft.memory import Memory
 from sft.models import Network
+from sft.pictures import Preprocessing
 
 IN_MEMORY = 64
 """Results that are kept in memory too: the tables of some sixty batches."""
@@ -69,17 +75,19 @@ class Shelf:
         """Write a result, and then what it cost: only that makes it count."""
         place = self.path(name)
         place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=self.folder, prefix=".partial-"))
+        scratch = self.folder / f".partial-{uuid4().hex}"
         try:
-            write(scratch / "result")
+            write(scratch)
             if not place.exists():  # else another process was faster
                 try:
-                    (scratch / "result").rename(place)
+                    scratch.rename(place)
                 except OSError:
                     if not place.exists():
                         raise
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if scratch.is_dir():
+                shutil.rmtree(scratch, ignore_errors=True)
+            scratch.unlink(missing_ok=True)
         self.told(name, costs)
 
     def told(self, name: str, costs: Costs) -> None:
@@ -184,6 +192,20 @@ class SimulatedRegistry(Registry):
         if self._view is None:
             raise RegistryError("a replay that was moved to no time sees nothing")
         return self._view
+
+    def read(
+        self, batch: Batch, preprocessing: Preprocessing, only: AbstractSet[str] | None = None
+    ) -> BatchData:
+        """Read a batch as a whole, and take the wanted samples from it."""
+        stated = (batch.id, batch.digest, asdict(self.settings.feed), asdict(preprocessing))
+        reading = super().read
+        try:
+            read = self.once(as_read(batch), stated, lambda: reading(batch, preprocessing))
+        except FeedError:  # too much of it is bad, but what is wanted may be good
+            if only is None:
+                raise
+            return reading(batch, preprocessing, only)
+        return read if only is None else read.of(only)
 
     def once(self, step: Step[T], key: Sequence[object], make: Callable[[], T]) -> T:
         """Take a step, unless its result lies on the shelf."""

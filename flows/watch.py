@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import cast
 from uuid import NAMESPACE_OID, UUID, uuid5
@@ -36,7 +37,7 @@ from flows.check import (
     labels_digest,
     load_champion,
     settle_check,
-    stamp_of,
+    stamps_of,
     suppressed_tags,
 )
 from flows.decisions import UNTRAINABLE, Decider, before_alarm, read_history
@@ -153,7 +154,7 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
-    stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
+    stamps = dict(zip((b.id for b in batches), stamps_of(batches, settings), strict=True))
     labels = registry.view.labels(batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
@@ -302,8 +303,8 @@ def check_all(
     bar = CheckBar(len(plan.pending), shown=registry.live)
     with bar:
         for batch in plan.pending:
-            named = check.with_options(task_run_name=f"check {batch.id}")
-            one = named if registry.live else check.fn
+            named = partial(check.with_options, task_run_name=f"check {batch.id}")
+            one = named() if registry.live else check.fn
             try:
                 done = one(registry, settings, against, batch, past, plan.decider)
             except FeedError as error:
@@ -356,7 +357,6 @@ def settle_all(
             try:
                 answer_with_before(
                     registry,
-                    settings,
                     plan.champion,
                     before,
                     batch,
