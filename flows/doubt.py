@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from typing import TypeAlias
 
 import numpy as np
@@ -45,15 +46,20 @@ class Delivery:
             refused.
         verdict: on those: whether a person should look first.
         usable: those that may be learned from.
-        doubt: on the usable ones alone: held-out labels must not choose what is learned.
+        judge_usable: judges the usable ones alone: held-out labels must not choose what is learned.
         believed: the usable ones that are learned from, with how much each counts.
     """
 
     judged: LabelledPictures
     verdict: LabelVerdict
     usable: LabelledPictures
-    doubt: LabelVerdict
+    judge_usable: Callable[[], LabelVerdict]
     believed: LabelledPictures
+
+    @cached_property
+    def doubt(self) -> LabelVerdict:
+        """On the usable ones; only worked out where it is asked for."""
+        return self.judge_usable()
 
 
 def judge_delivery(
@@ -82,9 +88,9 @@ def judge_delivery(
     usable = [i for i, name in enumerate(ids) if role_of(name) is not Role.HOLDOUT]
     if champion.config.task != SINGLE_LABEL:
         words = f"the labels were not judged: a {champion.config.task.name} model has no one class"
-        nothing = (not_judged(np.zeros(len(rows), np.int64), words) for rows in (ids, usable))
+        nothing, none = (not_judged(np.zeros(len(rows), np.int64), words) for rows in (ids, usable))
         learned = labelled.take(usable)
-        return Delivery(labelled, next(nothing), learned, next(nothing), learned)
+        return Delivery(labelled, nothing, learned, lambda: none, learned)
     beside = old.take(np.random.default_rng(0).permutation(len(old))[:OLD_SAMPLES].tolist())
     embeddings, probabilities = see(champion, labelled.pixels)
     old_embeddings = see(champion, beside.pixels)[0] if len(beside) else None
@@ -101,10 +107,10 @@ def judge_delivery(
             adapted=adapted_answers(champion, labelled.take(rows).pixels),
         )
 
-    doubt = judge(usable)
-    weights = torch.from_numpy(doubt.weights(settings)).float()
     believed = labelled.take(usable)
+    judge_usable = cache(partial(judge, usable))
     if settings.action is not NoiseAction.KEEP:
+        weights = torch.from_numpy(judge_usable().weights(settings)).float()
         believed = replace(believed, weights=weights).take(weights.nonzero().flatten().tolist())
     judged, verdict = labelled, judge(range(len(ids)))
     new = [i for i, name in enumerate(ids) if name.split("/", 1)[0] in changed]
@@ -115,7 +121,7 @@ def judge_delivery(
         judged=judged,
         verdict=verdict,
         usable=labelled.take(usable),
-        doubt=doubt,
+        judge_usable=judge_usable,
         believed=believed,
     )
 

@@ -264,7 +264,8 @@ def make_challenger(
     load = partial(models.load, allowed_factories=settings.allowed_factories)
     learns = (champion.tags["digest"], stated(fresh, settings))
     tuned = registry.once(Step("tuned", models.save, load), learns, fine_tune)
-    files = suspicious_files(delivery.usable, delivery.doubt, classes)
+    # nobody looks at those of a replay
+    files = suspicious_files(delivery.usable, delivery.doubt, classes) if registry.live else {}
     for name, text in files.items():
         registry.log_text(run_id, text, name)
     doubts = delivery.verdict.words + (f"; {PAGE} shows those to learn from" if files else "")
