@@ -349,7 +349,7 @@ def prune(settings_file: Path, *, dry_run: bool) -> None:
 @click.option(
     "--since", help="Replay from then on, with the champion of then: an ISO date or time."
 )
-@click.option("--jobs", default=1, show_default=True, help="Processes.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("--floor", type=float, help="Count the days below this accuracy.")
 @click.option(
     "--retrain-cost",

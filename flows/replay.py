@@ -10,9 +10,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -183,13 +185,7 @@ def run(
     past, start, shelf = prepare(settings, since)
     if batches is not None:
         past = past.first(batches)
-    if jobs > 1:
-        context = get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            tasks = [pool.submit(_alone, past, start, shelf.folder, one) for one in candidates]
-            done = [task.result() for task in tasks]
-    else:
-        done = [replay(past, start, shelf, one) for one in candidates]
+    done = replay_all(past, start, shelf, candidates, jobs)
     replays = tuple(found for found, _ in done)
     spent = {name: cost for _, costs in done for name, cost in costs.items()}
     labelled = any(one.labelled for found in replays for one in found.served)
@@ -226,6 +222,27 @@ def prepare(settings: Settings, since: datetime | None = None) -> tuple[Past, St
     if since is None and start.created > before:  # adopted later than the feed began
         tags |= {"promoted_at": before.isoformat(timespec="microseconds")}
     return past, replace(start, created=min(start.created, before), tags=tags), shelf
+
+
+def replay_all(
+    past: Past, start: Start, shelf: Shelf, candidates: Sequence[Candidate], jobs: int = 1
+) -> list[tuple[Replayed, Costs]]:
+    """Replay each policy, in so many processes; they share the shelf.
+
+    Raises:
+        BacktestError: a process died.
+    """
+    if jobs == 1:
+        return [replay(past, start, shelf, one) for one in candidates]
+    alone = partial(replay, past, start, Shelf(shelf.folder))
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            return list(pool.map(alone, candidates))
+    except BrokenProcessPool as error:
+        raise BacktestError(
+            "a process of the replay was killed, or ran out of memory: take fewer --jobs; the steps"
+            " that were finished are kept"
+        ) from error
 
 
 def replay(past: Past, start: Start, shelf: Shelf, candidate: Candidate) -> tuple[Replayed, Costs]:
@@ -299,11 +316,6 @@ def _first_champion(registry: Registry, since: datetime | None) -> Version:
         return registry.version(tenure.version)
     except RegistryError as error:
         raise BacktestError(f"{error}: it was champion then; name another --since") from error
-
-
-def _alone(past: Past, start: Start, folder: Path, candidate: Candidate) -> tuple[Replayed, Costs]:
-    """Replay in a process of its own."""
-    return replay(past, start, Shelf(folder), candidate)
 
 
 def _truth(past: Past, registry: SimulatedRegistry, version: Version) -> Labels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tomllib
 from dataclasses import replace
 from datetime import timedelta
@@ -17,7 +18,7 @@ from flows.check import check
 from flows.grid import grid_of, read_grid
 from flows.meter import total
 from flows.past import Past, PastError, read_past
-from flows.replay import Backtest, expand, find_ideal
+from flows.replay import Backtest, BacktestError, expand, find_ideal, replay_all
 from flows.replay_page import write_page
 from flows.settings import SettingsError, load_settings
 from flows.simulated import SimulatedRegistry
@@ -101,6 +102,29 @@ def test_what_policies_agree_on_is_made_once(story: Story, found: Backtest) -> N
     again, _ = replayed(story, default={"all": ["drift", "damage"]})["default"]
     assert sorted(path.name for path in story.shelf.folder.rglob("*.costs")) == before
     assert replace(again, overrides={}) == replace(found.replays[0], overrides={})
+
+
+@pytest.mark.nightly
+def test_two_processes_do_as_one(story: Story, found: Backtest) -> None:
+    """What they find is what one process found; one that dies is told of, with the way out."""
+    grids = [
+        grid_of(name, {"policy": {"retrain_when": when}})
+        for name, when in {"default": {"all": ["drift", "damage"]}, "never": "never"}.items()
+    ]
+    candidates = list(expand(story.settings, grids))
+    done = replay_all(story.past, story.start, story.shelf, candidates, jobs=2)
+    for (again, _), before in zip(done, found.replays, strict=False):
+        assert replace(again, overrides={}) == replace(before, overrides={})
+    deadly = replace(candidates[1], overrides={"policy": {"retrain_when": _Deadly()}})
+    with pytest.raises(BacktestError, match="killed, or ran out of memory: take fewer --jobs"):
+        replay_all(story.past, story.start, story.shelf, [deadly], jobs=2)
+
+
+class _Deadly:
+    """Kills the process that it is sent to."""
+
+    def __reduce__(self) -> object:
+        return os._exit, (1,)
 
 
 def test_what_decides_holds_nothing_of_the_future(
@@ -189,7 +213,6 @@ def test_an_empty_feed_is_refused(tmp_path: Path) -> None:
 
 def test_batches_in_another_order_and_twice_are_told(tmp_path: Path) -> None:
     """Batches go by their arrival, and a copy of a batch is named."""
-    import os
     import shutil
 
     story = make_story(tmp_path / "mixed", KINDS[:3], labels=lambda _: True)
