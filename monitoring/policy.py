@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import PlainValidator
 
-from monitoring.accuracy import MAX_NOVELTY
+from monitoring.accuracy import MAX_NOVELTY, Pooled
 from monitoring.probation import Comparison
 from monitoring.triggers import (
     DEFAULT_TRIGGER,
@@ -71,7 +71,7 @@ class PolicySettings:
     min_drop: float = 0.05
     min_labels: int = 100
     min_classes: int = 2
-    fresh_from: FreshFrom = FreshFrom.ALL
+    fresh_from: FreshFrom = FreshFrom.ALARM
     cooldown_hours: float = 0
     max_retrains: int = 0
     budget_days: float = 30
@@ -143,6 +143,8 @@ class Evidence:
         stream: what rings for the stream and how often by chance, in words, such as "false alarms:
             at most one in 1,000 batches on average"; empty when each batch rings for itself.
         before: how the version before the champion does on the labels since, if it was asked.
+        estimated_high: upper end of the 95 % interval of `estimated`.
+        pooled: what labels told of the batches that rang, if they told anything.
 
     """
 
@@ -159,6 +161,30 @@ class Evidence:
     believable: bool = True
     stream: str = ""
     before: Comparison | None = None
+    estimated_high: float = math.nan
+    pooled: Pooled | None = None
+
+    @property
+    def peers(self) -> Pooled | None:
+        """Labelled batches to hold the estimate against: those that rang, if this one did."""
+        enough = self.alarm and self.pooled is not None and self.pooled.n >= MIN_SETTLED
+        return self.pooled if enough else None
+
+    @property
+    def corrected(self) -> float:
+        """The estimate, less what it was off by on the labelled batches that rang.
+
+        A drift that does no harm may make estimates too dark, one that does may leave them too
+        rosy, and either in all its batches alike.
+        """
+        off = self.peers.estimated - self.peers.accuracy if self.peers is not None else 0.0
+        return min(max(self.estimated - off, 0.0), 1.0)
+
+    @property
+    def corrected_high(self) -> float:
+        """Upper end of the 95 % interval of `corrected`."""
+        by_chance = self.peers.off_by_chance if self.peers is not None else 0.0
+        return self.corrected + math.hypot(self.estimated_high - self.estimated, by_chance)
 
 
 @dataclass(frozen=True)
@@ -325,8 +351,13 @@ class _Case:
     def estimate_fell(self) -> bool:
         """Whether the estimate shows a fall, and no labels overrule it."""
         evidence, settings = self.evidence, self.settings
-        fell = has_fallen(evidence.reference, evidence.estimated, settings.min_drop)
-        return fell and not _labels_overrule(evidence, settings)
+        if _labels_overrule(evidence, settings):
+            return False
+        fell = has_fallen(evidence.reference, evidence.corrected, settings.min_drop)
+        if evidence.peers is None:
+            return fell
+        surely = fell and evidence.corrected_high < evidence.reference
+        return surely or _peers_fell(evidence, settings)
 
     @property
     def unknown(self) -> bool:
@@ -385,8 +416,7 @@ def _ask(case: _Case) -> Decision:
         else "Label some of it."
     )
     why = (
-        f"accuracy probably fell by {evidence.reference - evidence.estimated:.3f}, from "
-        f"{evidence.reference:.3f} to {evidence.estimated:.3f}{_settled_words(evidence)}"
+        _fell_words(evidence)
         if case.estimate_fell
         else f"{evidence.novelty:.0%} of it is unlike anything known, so the estimated accuracy of "
         f"{evidence.estimated:.3f} is not to be believed"
@@ -463,8 +493,8 @@ def _account(case: _Case, *, told: bool) -> str:
         return f"{changed}, and it hurts: {damage}."
     return (
         f"{changed}, but it is not shown to hurt: accuracy is estimated at "
-        f"{evidence.estimated:.3f} against {evidence.reference:.3f} on the reference"
-        f"{_settled_words(evidence)}, and {_would_count(evidence, settings)}."
+        f"{evidence.corrected:.3f} against {evidence.reference:.3f} on the reference"
+        f"{_beside_estimate(evidence)}, and {_would_count(evidence, settings)}."
     )
 
 
@@ -526,7 +556,7 @@ def _read_accuracy(limit: Limit, case: _Case) -> _Reading:
     if evidence.settled is not None and evidence.settled_n >= MIN_SETTLED:
         accuracy, source = evidence.settled, f"on {count(evidence.settled_n, 'label')}"
     else:
-        accuracy, source = evidence.estimated, "by estimate"
+        accuracy, source = evidence.corrected, "by estimate"
     met = accuracy < limit.value - ROUNDING
     words = f"accuracy {accuracy:.3f} {source} (limit {number(limit.value)})"
     return _Reading(None if not met and case.unknown else met, told=(words,))
@@ -568,11 +598,25 @@ def _damage(case: _Case) -> str | None:
     evidence = case.evidence
     shown = _true_damage(evidence, case.settings)
     if shown is None and case.estimate_fell:
-        return (
-            f"accuracy probably fell by {evidence.reference - evidence.estimated:.3f}, from "
-            f"{evidence.reference:.3f} to {evidence.estimated:.3f}{_settled_words(evidence)}"
-        )
+        return _fell_words(evidence)
     return shown
+
+
+def _fell_words(evidence: Evidence) -> str:
+    return (
+        f"accuracy probably fell by {evidence.reference - evidence.corrected:.3f}, from "
+        f"{evidence.reference:.3f} to {evidence.corrected:.3f}{_beside_estimate(evidence)}"
+    )
+
+
+def _peers_fell(evidence: Evidence, settings: PolicySettings) -> bool:
+    """Whether labels show a fall over all batches that rang together."""
+    peers = evidence.peers
+    return (
+        peers is not None
+        and has_fallen(evidence.reference, peers.accuracy, settings.min_drop)
+        and peers.high < evidence.reference
+    )
 
 
 def _true_damage(evidence: Evidence, settings: PolicySettings) -> str | None:
@@ -609,15 +653,29 @@ def _labels_overrule(evidence: Evidence, settings: PolicySettings) -> bool:
 
 def _would_count(evidence: Evidence, settings: PolicySettings) -> str:
     """Say why what looks like a fall is none."""
-    if has_fallen(evidence.reference, evidence.estimated, settings.min_drop):
+    if _labels_overrule(evidence, settings) and has_fallen(
+        evidence.reference, evidence.corrected, settings.min_drop
+    ):
         return "labels decide: they show no fall, whatever the estimate says"
+    if has_fallen(evidence.reference, evidence.corrected, settings.min_drop):
+        return "so few labels and pictures may look so by chance: more labels decide"
     return f"a fall of {settings.min_drop:.3f} would count"
 
 
-def _settled_words(evidence: Evidence) -> str:
-    if evidence.settled is None:
-        return ""
-    return f" ({evidence.settled:.3f} on {count(evidence.settled_n, 'label')})"
+def _beside_estimate(evidence: Evidence) -> str:
+    """Say what labels told of the batch, and what they corrected the estimate by."""
+    said = []
+    if evidence.settled is not None:
+        said.append(f"{evidence.settled:.3f} on {count(evidence.settled_n, 'label')}")
+    if (peers := evidence.peers) is not None:
+        off = peers.estimated - peers.accuracy
+        labels = count(peers.n, "label")
+        way = "rosy" if off > 0 else "dark"
+        said.append(
+            f"{evidence.estimated:.3f} before correction: on {labels} of batches that rang, "
+            f"estimates were {abs(off):.3f} too {way}"
+        )
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _obstacle(case: _Case) -> Decision | None:
