@@ -25,7 +25,6 @@ from monitoring.policy import (
     FreshFrom,
     FreshLabels,
     History,
-    PolicySettings,
     decide,
 )
 from sft.gate import Outcome
@@ -64,26 +63,22 @@ class Decider:
 
     def counted(self, *, alarm: bool) -> FreshSet:
         """Return the labels that count towards a retraining, which an alarm calls for or not."""
-        if alarm and self.settings.policy.fresh_from is FreshFrom.ALARM:
-            return self.fresh.outside(self.quiet)
-        return self.fresh
+        only_new = alarm and self.settings.policy.fresh_from is FreshFrom.ALARM
+        return self._of_alarm if only_new else self.fresh
 
     @cached_property
-    def _counts(self) -> dict[bool, tuple[FreshLabels, PolicySettings]]:
-        """The labels that count without an alarm and with one, and the policy on so many."""
-        policy = self.settings.policy
-        found = {}
-        for alarm in (False, True):
-            fresh = self.counted(alarm=alarm)
-            of = "" if fresh is self.fresh else ", of batches from the alarm on"
-            labels = FreshLabels(len(fresh), fresh.classes, of)
-            found[alarm] = labels, replace(policy, min_labels=labels_needed(fresh, self.settings))
-        return found
+    def _of_alarm(self) -> FreshSet:
+        return self.fresh.outside(self.quiet) if self.quiet else self.fresh
 
     def decide(self, evidence: Evidence) -> Decision:
         """Turn what a check measured into one action."""
-        labels, policy = self._counts[evidence.alarm]
+        counted = self.counted(alarm=evidence.alarm)
+        of = "" if counted is self.fresh else ", of batches from the alarm on"
         known = replace(evidence, pooled=self.pooled)
+        fall = known.reference - known.peers.accuracy if known.peers is not None else 0.0
+        needed = labels_needed(self.fresh, self.settings, counted, fall)
+        policy = replace(self.settings.policy, min_labels=needed)
+        labels = FreshLabels(len(counted), counted.classes, of)
         return decide(known, labels, self.history, self.now, policy)
 
     def on_record(self, record: CheckRecord) -> Decision:

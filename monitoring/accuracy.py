@@ -397,6 +397,7 @@ class Pooled:
     """What labels told of several batches together.
 
     Args:
+        n_batches: how many.
         n: labels.
         accuracy: on them.
         high: upper end of the exact 95 % interval of `accuracy`.
@@ -406,6 +407,7 @@ class Pooled:
 
     """
 
+    n_batches: int
     n: int
     accuracy: float
     high: float
@@ -430,6 +432,7 @@ def pool(settled: Sequence[tuple[float, float, int]]) -> Pooled | None:
     n = errors.n_labels
     interval = stats.binomtest(right, n).proportion_ci(confidence_level=0.95, method="exact")
     return Pooled(
+        n_batches=errors.n_batches,
         n=n,
         accuracy=right / n,
         high=float(interval.high),

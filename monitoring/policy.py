@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Annotated
 
 from pydantic import PlainValidator
+from scipy import stats
 
 from monitoring.accuracy import MAX_NOVELTY, Pooled
 from monitoring.probation import Comparison
@@ -38,6 +39,8 @@ MAX_SKEW = timedelta(days=1)
 """No clock or time zone is off by more; a date farther in the future is a wrong one, and counting
 it as now would forbid training until then."""
 TOLD_SKEW = timedelta(minutes=1)
+LEVEL = 0.025
+"""At which labels show a fall: that of the upper end of a 95 % interval."""
 
 
 class FreshFrom(StrEnum):
@@ -354,10 +357,7 @@ class _Case:
         if _labels_overrule(evidence, settings):
             return False
         fell = has_fallen(evidence.reference, evidence.corrected, settings.min_drop)
-        if evidence.peers is None:
-            return fell
-        surely = fell and evidence.corrected_high < evidence.reference
-        return surely or _peers_fell(evidence, settings)
+        return fell and (evidence.peers is None or evidence.corrected_high < evidence.reference)
 
     @property
     def unknown(self) -> bool:
@@ -609,30 +609,43 @@ def _fell_words(evidence: Evidence) -> str:
     )
 
 
-def _peers_fell(evidence: Evidence, settings: PolicySettings) -> bool:
-    """Whether labels show a fall over all batches that rang together."""
-    peers = evidence.peers
-    return (
-        peers is not None
-        and has_fallen(evidence.reference, peers.accuracy, settings.min_drop)
-        and peers.high < evidence.reference
-    )
-
-
 def _true_damage(evidence: Evidence, settings: PolicySettings) -> str | None:
-    """Say what labels show, if the fall is as large as min_drop and not by chance."""
-    if (
-        evidence.settled is not None
-        and evidence.settled_high is not None
-        and has_fallen(evidence.reference, evidence.settled, settings.min_drop)
-        and evidence.settled_high < evidence.reference
-    ):
+    """Say what labels show, if the fall is as large as min_drop and not by chance.
+
+    The more batches of a drift have labels, the surer one of them looks bad by chance: each is held
+    against the limit at a level that is shared, and all of them together.
+    """
+    peers, reference = evidence.peers, evidence.reference
+    if _own_labels_fell(evidence, settings):
         return (
             f"accuracy on {count(evidence.settled_n, 'label')} of it is {evidence.settled:.3f} "
-            f"(at most {evidence.settled_high:.3f}) against {evidence.reference:.3f} on the "
-            "reference"
+            f"(at most {evidence.settled_high:.3f}) against {reference:.3f} on the reference"
+        )
+    if (
+        peers is not None
+        and has_fallen(reference, peers.accuracy, settings.min_drop)
+        and peers.high < reference
+        and not _labels_overrule(evidence, settings)
+    ):
+        return (
+            f"accuracy on {count(peers.n, 'label')} of batches that rang is {peers.accuracy:.3f} "
+            f"(at most {peers.high:.3f}) against {reference:.3f} on the reference"
         )
     return None
+
+
+def _own_labels_fell(evidence: Evidence, settings: PolicySettings) -> bool:
+    if (
+        evidence.settled is None
+        or evidence.settled_high is None
+        or not has_fallen(evidence.reference, evidence.settled, settings.min_drop)
+    ):
+        return False
+    if evidence.peers is None:
+        return evidence.settled_high < evidence.reference
+    right = round(evidence.settled * evidence.settled_n)
+    p_value = stats.binom.cdf(right, evidence.settled_n, evidence.reference)
+    return bool(p_value < LEVEL / evidence.peers.n_batches)
 
 
 def has_fallen(before: float, now: float, min_drop: float) -> bool:

@@ -324,7 +324,7 @@ def test_batches_that_labels_settled_are_pooled() -> None:
     """Weighted by labels, with the interval of all labels together."""
     found = pool([(0.9, -0.2, 100), (0.8, 0.1, 300)])
     assert found is not None
-    assert (found.n, found.accuracy) == (400, 0.825)
+    assert (found.n_batches, found.n, found.accuracy) == (2, 400, 0.825)
     assert found.estimated == pytest.approx((100 * 0.7 + 300 * 0.9) / 400)
     one = settle(0.7, np.arange(400) < 330)
     assert found.high == pytest.approx(one.high)
