@@ -7,7 +7,6 @@ of their own.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -392,7 +391,7 @@ def evidence_of(batch_id: str, metrics: Mapping[str, float], settings: Settings)
         settled_high=metrics.get("accuracy.settled_high") if settled_n else None,
         novelty=metrics["accuracy.novelty"],
         believable=metrics["accuracy.believable"] > 0,
-        estimated_high=metrics.get("accuracy.estimated_high", math.nan),
+        estimated_high=metrics.get("accuracy.estimated_high", metrics["accuracy.estimated"]),
         stream=_stream_short(settings),
     )
 
