@@ -393,6 +393,7 @@ def evidence_of(batch_id: str, metrics: Mapping[str, float], settings: Settings)
         settled_high=metrics.get("accuracy.settled_high") if settled_n else None,
         novelty=metrics["accuracy.novelty"],
         believable=metrics["accuracy.believable"] > 0,
+        estimated_high=metrics.get("accuracy.estimated_high", metrics["accuracy.estimated"]),
         stream=_stream_short(settings),
         distance=metrics.get(DISTANCE),
         distance_rank=metrics.get(f"{DISTANCE}_rank"),

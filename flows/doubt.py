@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from monitoring.gallery import Shown, gallery
+from sft.alignment import aligned_answers
 from sft.batchnorm import has_statistics, reestimate
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import collect
@@ -105,6 +106,9 @@ def judge_delivery(
             old_embeddings=old_embeddings,
             old_labels=beside.labels.numpy() if len(beside) else None,
             adapted=adapted_answers(champion, labelled.take(rows).pixels),
+            aligned=None
+            if old_embeddings is None
+            else aligned_answers(champion, embeddings[rows], old_embeddings),
         )
 
     believed = labelled.take(usable)

@@ -23,7 +23,11 @@ from flows.labels import LabelTable, read_labels
 from flows.settings import Settings
 from flows.storage import FeedError
 from sft.dataset import HOLDOUT_SHARE, Role, role_of
+from sft.gate import samples_for_power
 from sft.tasks import SINGLE_LABEL, LabelError, Task
+
+LOST_SHARE = 0.05
+"""Of a hold-out, that a challenger loses while it gains elsewhere, for planning."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,15 @@ class FreshSet:
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """How many classes they cover."""
         return int(self.table["label"].nunique())
+
+    @cached_property
+    def held_out(self) -> int:
+        """How many of them no version ever trains on."""
+        return sum(role_of(name) is Role.HOLDOUT for name in self.table["sample_id"].tolist())
 
     def of(self, sample_ids: Iterable[str]) -> FreshSet:
         """Return the labels of these samples only."""
@@ -75,11 +84,6 @@ class FreshSet:
         """Return the labels of samples of other batches than these."""
         kept = [name.split("/", 1)[0] not in batches for name in self.table["sample_id"]]
         return FreshSet(self.table[np.array(kept, dtype=bool)].reset_index(drop=True))
-
-    @cached_property
-    def held_out(self) -> int:
-        """How many of them are held out."""
-        return sum(role_of(name) is Role.HOLDOUT for name in self.table["sample_id"].tolist())
 
     @cached_property
     def digest(self) -> str:
@@ -190,15 +194,30 @@ def held_out_labels(labels: Labels) -> dict[str, str]:
     return {name: label for name, label in labels.pairs if role_of(name) is Role.HOLDOUT}
 
 
-def labels_needed(fresh: FreshSet, settings: Settings) -> int:
-    """Say how many fresh labels a retraining takes.
+def labels_needed(
+    fresh: FreshSet, settings: Settings, counted: FreshSet | None = None, fall: float = 0.0
+) -> int:
+    """Say how many labels a retraining takes of those that count.
 
-    At least `min_labels`, and so many that the gate's `min_fresh` of them are held out (their roles
-    are fixed, so what is missing is estimated from the share): with fewer, the gate could only say
-    "inconclusive", after a training for nothing.
+    At least `min_labels`, and so many that the gate can decide: with fewer it could only say
+    "inconclusive", after a training for nothing. So `min_fresh` of all fresh ones are held out, and
+    of those that count `min_fresh` too, or as many as show that half of a known fall was regained.
+    Roles are fixed, so what is missing is estimated from their shares.
+
+    Args:
+        fresh: all fresh labels, which a challenger is judged on.
+        settings: of the model.
+        counted: those that count towards a retraining; all of them by default.
+        fall: what labels show accuracy to have fallen by; 0 where they show nothing.
     """
-    missing = max(0, settings.gate.min_fresh - fresh.held_out)
-    return max(settings.policy.min_labels, len(fresh) + ceil(missing / HOLDOUT_SHARE))
+    counted = fresh if counted is None else counted
+    gained = fall / 2
+    shown_by = settings.gate.min_fresh
+    if gained > 0:
+        enough = samples_for_power(gained, gained + LOST_SHARE, level=settings.gate.level(0))
+        shown_by = min(shown_by, enough)
+    missing = max(settings.gate.min_fresh - fresh.held_out, shown_by - counted.held_out, 0)
+    return max(settings.policy.min_labels, len(counted) + ceil(missing / HOLDOUT_SHARE))
 
 
 def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:

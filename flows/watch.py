@@ -40,7 +40,13 @@ from flows.check import (
     stamps_of,
     suppressed_tags,
 )
-from flows.decisions import UNTRAINABLE, Decider, before_alarm, read_history
+from flows.decisions import (
+    UNTRAINABLE,
+    Decider,
+    before_alarm,
+    rang_and_settled,
+    read_history,
+)
 from flows.feed import Batch
 from flows.fresh import (
     FreshSet,
@@ -161,7 +167,9 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
     present = [c for c in finished if (c.key.batch_id, c.key.digest) in here]
     history = read_history(registry, settings, champion, fresh, batches, finished)
-    decider = Decider(settings, fresh, history, now, before_alarm(finished))
+    decider = Decider(
+        settings, fresh, history, now, before_alarm(finished), rang_and_settled(finished)
+    )
     return Plan(
         champion=champion,
         moved=registry.unobserved_move(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from flows.decisions import Decider, before_alarm
+from flows.decisions import POOLED_LABELS, Decider, before_alarm, rang_and_settled
 from flows.fresh import FreshSet
 from flows.registry import CheckKey, CheckRecord
 from flows.settings import load_settings
@@ -18,8 +18,9 @@ from monitoring.policy import Evidence, FreshFrom, History
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def checked(batch: str, *, alarm: bool, digest: str = "d") -> CheckRecord:
+def checked(batch: str, *, alarm: bool, digest: str = "d", **accuracy: float) -> CheckRecord:
     metrics = {"drift.p_value": 0.1, "drift.alarm": float(alarm)}
+    metrics |= {f"accuracy.{name}": value for name, value in accuracy.items()}
     return CheckRecord("r", CheckKey(1, batch, digest), True, "s", {}, metrics, NOW, NOW)
 
 
@@ -30,6 +31,24 @@ def test_what_was_checked_before_the_first_alarm_is_quiet() -> None:
     assert before_alarm([quiet, grew, rang, *later]) == {"a"}
     assert before_alarm([quiet, grew]) == {"a", "b"}
     assert before_alarm([]) == frozenset()
+
+
+def test_labels_of_the_newest_batches_that_rang_are_pooled() -> None:
+    """Not those of quiet ones, not withdrawn ones, none without an estimate, not too many."""
+    right = {"settled": 0.9, "estimate_error": -0.2, "settled_n": POOLED_LABELS / 3}
+    wrong = {"settled": 0.1, "estimate_error": 0.5, "settled_n": POOLED_LABELS}
+    kept = [checked(name, alarm=True, **right) for name in "xyz"]
+    left = [
+        checked("quiet", alarm=False, **wrong),
+        checked("withdrawn", alarm=True, **{**wrong, "settled_n": 0.0}),
+        checked("regression", alarm=True, **{**wrong, "estimate_error": float("nan")}),
+        checked("unlabelled", alarm=True),
+    ]
+    found = rang_and_settled([checked("old", alarm=True, **wrong), *kept, *left])
+    assert found is not None
+    assert (found.n, found.accuracy) == (POOLED_LABELS, pytest.approx(0.9))
+    assert found.estimated == pytest.approx(0.7)
+    assert rang_and_settled(left) is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,17 @@ import torch
 from samples import optical_digits
 from sklearn.datasets import load_digits
 
-from flows.doubt import FILE, PAGE, Delivery, adapted_answers, judge_delivery, suspicious_files
+from flows.doubt import (
+    FILE,
+    PAGE,
+    Delivery,
+    adapted_answers,
+    judge_delivery,
+    see,
+    suspicious_files,
+)
+from sft.alignment import aligned_answers
+from sft.averaging import ensemble
 from sft.dataset import LabelledPictures
 from sft.evaluate import answer
 from sft.models import ModelConfig, build
@@ -133,3 +143,28 @@ def test_a_champion_adapted_to_a_delivery_answers_it_better() -> None:
     right = (adapted().argmax(1) == drifted.labels.numpy()).mean()
     assert right > answer(champion, drifted).accuracy + 0.2
     assert adapted_answers(build(CONFIG), drifted.pixels) is None
+
+
+def test_classes_mixed_up_in_a_world_that_blinds_the_champion_are_seen() -> None:
+    """Bleached digits: a champion that misreads them tells next-class labels from right ones."""
+    settings = TrainingSettings(epochs=15, learning_rate=4e-3, l2_sp=0.0)
+    champion = fine_tune(build(CONFIG), optical_digits().take(range(400)), settings).network.eval()
+    old, fresh = optical_digits().take(range(200)), optical_digits().take(range(400, 600))
+    bleached = replace(fresh, pixels=(0.15 * fresh.pixels + 150).to(torch.uint8))
+    asked = NoiseSettings()
+    assert answer(champion, bleached).accuracy < 0.5, "blinded"
+    aligned = aligned_answers(
+        champion, see(champion, bleached.pixels)[0], see(champion, old.pixels)[0]
+    )
+    assert aligned is not None
+    assert (aligned.argmax(1) == bleached.labels.numpy()).mean() > 0.75
+    assert not judge_delivery(champion, bleached, old, CLASSES, asked).verdict.stop
+    wrong = replace(bleached, labels=(bleached.labels + 1) % 10)
+    found = judge_delivery(champion, wrong, old, CLASSES, asked).verdict
+    assert found.stop
+    assert "classes seem mixed up" in found.words
+    unseen = judge_delivery(champion, wrong, old.take([]), CLASSES, asked).verdict
+    assert not unseen.stop, "without a known world nothing tells it"
+    assert (
+        aligned_answers(ensemble([champion, champion]), *[np.ones((2, 9), np.float32)] * 2) is None
+    )
