@@ -151,6 +151,7 @@ def test_watch_again_has_nothing_to_do(told: tuple[Path, str]) -> None:
     assert registry.alias("champion") == 1
 
 
+@pytest.mark.nightly
 def test_an_emitted_policy_behaves_as_replayed(told: tuple[Path, str], registry: Registry) -> None:
     """Of two policies replayed on the demo's feed one is emitted, and retrains as replayed."""
     folder, demo = told[0], told[0] / "demo"
