@@ -114,8 +114,11 @@ def marked(mark: str) -> dict[int, str]:
 
 
 def ask(server: str, path: str, body: dict[str, Any]) -> Any:
-    """Post a query to Prefect's API."""
-    answer = httpx.post(f"{server}{path}", json=body, timeout=30)
+    """Post a query to Prefect's API, again while its database is locked, as its own client does."""
+    end = time.monotonic() + PATIENCE
+    while (answer := httpx.post(f"{server}{path}", json=body, timeout=60)).status_code == 503:
+        assert time.monotonic() < end, answer.text
+        time.sleep(1)
     answer.raise_for_status()
     return answer.json()
 

@@ -86,7 +86,7 @@ def write_table(reports: Iterable[pytest.TestReport]) -> None:
             Figure(
                 figure,
                 missing,
-                "0, and all survived",
+                "0 lost, all survived",
                 missing == 0 and survived == injected,
                 {"injected": injected, "survived": survived},
             )

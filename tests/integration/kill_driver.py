@@ -91,6 +91,8 @@ max_drop_bound = 0.4
 max_class_drop = 0.9
 """
 CHILD_SECONDS = 180.0
+AHEAD = re.compile(r" The last \w+ is dated [\d.]+ hours in the future, .*?one is behind\.")
+"""What a decision says, rightly, when the clock of the run before it was ahead."""
 WRITING = ("create_", "log_", "set_", "delete_", "update_", "restore_", "rename_", "transition_")
 
 
@@ -539,7 +541,8 @@ def read_book(world: World) -> dict[str, Any]:
         ],
         "checks": [
             [
-                *(c.key.champion, c.key.batch_id, c.key.digest, c.finished, c.action, c.reason),
+                *(c.key.champion, c.key.batch_id, c.key.digest, c.finished, c.action),
+                AHEAD.sub("", c.reason),
                 *(c.tags.get(t) for t in ("sustain.settled", "sustain.fresh", "sustain.regime")),
                 {k: round(v, 6) for k, v in sorted(c.metrics.items())},
                 _artifacts(registry, c.run_id),

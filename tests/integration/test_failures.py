@@ -53,7 +53,7 @@ from flows.storage import FeedError
 from flows.watch import watch
 
 ANYWHERE = bool(os.environ.get("KILL_ALL"))
-SOME = 12
+SOME = int(os.environ.get("KILL_SOME", "12"))
 """Boundaries of a command at which each fault is tried, spread evenly; all with KILL_ALL."""
 WITHIN = ("the disk is full", "the clock goes back a day", "the clock goes on a day")
 BACK = ("MLflow is killed", "MLflow is killed, and back")
@@ -412,7 +412,7 @@ def wait_for(what: str, look: Callable[[], Any], seconds: float = PATIENCE) -> A
     end = time.monotonic() + seconds
     while not (seen := look()):
         assert time.monotonic() < end, f"no {what} within {seconds:.0f} s"
-        time.sleep(0.05)
+        time.sleep(0.2)
     return seen
 
 
