@@ -435,7 +435,10 @@ def test_killed_under_a_worker(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """In under 3 minutes no run is left RUNNING, and the schedule alone ends as undisturbed."""
+    """In under 3 minutes no run is left RUNNING, and the schedule alone ends as undisturbed.
+
+    The server is that of the tests before: other models with the same data and settings.
+    """
     mortal.begin()
     name = f"{victim}_{kind}".replace(" ", "_")
     extra = "\n[schedule]\nwatch = 10\nprune = ''\nreconcile = ''\n"
