@@ -145,7 +145,7 @@ def test_killed_anywhere_and_run_again(
         wanted = least if scenario == "rollback" and not done else case.undisturbed
         complaints[where] = not_killed or complaint(answer, wanted)
         outcomes.append((not complaints[where], lost(answer, wanted)))
-    count(request.node, "a flow is killed", SQLITE, outcomes)
+    count(request.node, "a flow is killed at a write", SQLITE, outcomes)
     assert not any(complaints.values()), report(complaints)
 
 
