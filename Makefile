@@ -17,9 +17,9 @@ test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow
 	$(BIN)/pytest --numprocesses 3 --dist loadfile --durations 20 -m "not nightly" \
 		tests/integration tests/e2e
 
-test-nightly: $(INSTALLED)  ## the long ones
-	$(BIN)/pytest -m nightly
-	KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
+test-nightly: $(INSTALLED)  ## the long ones; writes tests/bench/results/failures.{json,md}
+	FAILURES_TABLE=1 $(BIN)/pytest -m nightly
+	FAILURES_TABLE=1 KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
 	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts

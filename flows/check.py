@@ -415,7 +415,7 @@ def settle_check(
     settled = {"sustain.settled": labels_digest(batch_labels)}
     try:
         features = registry.features(record)
-    except RegistryError:  # its artifacts have expired: nothing can be settled any more
+    except RegistryError:  # it is gone for good: nothing can be settled any more
         registry.log(record.run_id, tags=settled)
         return None
     config = registry.config(registry.version(record.key.champion))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import shutil
 import tempfile
 import weakref
@@ -66,6 +67,10 @@ NOT_OURS = "model/registered_model_meta"
 
 class RegistryError(RuntimeError):
     """The record does not allow what was asked; the message names the thing and the way out."""
+
+
+class ArtifactError(RuntimeError):
+    """A file of MLflow's that is there cannot be had now; the same again may work."""
 
 
 class ChampionMovedError(RegistryError):
@@ -755,18 +760,20 @@ class Registry:
         self.client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
 
     def features(self, check: CheckRecord) -> FeatureTable:
-        """Load the feature table that a check kept; RegistryError when it is gone or damaged."""
-        name, target = "features.parquet", str(self._folder)
+        """Load the feature table that a check kept.
+
+        Raises:
+            RegistryError: it is gone or damaged.
+            ArtifactError: it cannot be had now.
+        """
+        failed = f"the features of the check of {check.key.batch_id} cannot be read"
+        path = self._fetch(check.run_id, "features.parquet", self._folder, failed)
         try:
-            path = Path(self.client.download_artifacts(check.run_id, name, target))
-            try:
-                return FeatureTable.load(path)
-            finally:
-                path.unlink(missing_ok=True)
-        except (MlflowException, OSError, ValueError, KeyError) as error:
-            raise RegistryError(
-                f"the features of the check of {check.key.batch_id} cannot be read: {error}"
-            ) from error
+            return FeatureTable.load(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise RegistryError(f"{failed}: {error}") from error
+        finally:
+            path.unlink(missing_ok=True)
 
     def log_features(self, run_id: str, features: FeatureTable) -> None:
         """Store the feature table of a check."""
@@ -862,12 +869,26 @@ class Registry:
         return self._fetched_files[version.run_id, path]
 
     def _download(self, version: Version, path: str, target: Path) -> Path:
+        failed = f"the files of version {version.number} cannot be fetched"
+        return self._fetch(version.run_id, path, target, failed)
+
+    def _fetch(self, run_id: str, path: str, target: Path, failed: str) -> Path:
+        """Fetch a file or folder of a run.
+
+        Raises:
+            RegistryError: the run keeps no such thing, or no longer.
+            ArtifactError: it cannot be had now, since the storage is away or this disk is full.
+        """
         try:
-            return Path(self.client.download_artifacts(version.run_id, path, str(target)))
+            return Path(self.client.download_artifacts(run_id, path, str(target)))
         except (MlflowException, OSError) as error:
-            raise RegistryError(
-                f"the files of version {version.number} cannot be fetched: {error}"
-            ) from error
+            folder = posixpath.dirname(path) or None
+            if any(there.path == path for there in self.client.list_artifacts(run_id, folder)):
+                raise ArtifactError(
+                    f"{failed} now: {error}. Run the same command again when the storage answers"
+                    " and this disk has room"
+                ) from error
+            raise RegistryError(f"{failed}: {error}") from error
 
     def _experiment(self, below: str = "") -> str:
         name = f"sustain/{self.name}{below}"

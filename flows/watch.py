@@ -450,7 +450,8 @@ def start_retraining(
             f"the deployment {full_name} failed {len(runs)} times for these labels: see its runs in"
             " Prefect"
         )
-    attempt = f"{key}-{len(runs) + 1}"  # told again, it is still the same event
+    # told again, it is still the same event; another model may have the same labels and settings
+    attempt = f"{name}-{key}-{len(runs) + 1}"
     emit_event(
         event=DRIFT,
         resource={"prefect.resource.id": f"drift.model.{name}", "prefect.resource.name": name},
