@@ -74,8 +74,9 @@ class LabelFiles:
 def read_labels(settings: FeedSettings, root: Path) -> LabelTable:
     """Read every CSV and Parquet file of the labels folder, and settle which label is in force.
 
-    A later file (by name) corrects an earlier one; between two labels that both have `labelled_at`
-    the newer one counts, wherever it stands. Whatever cannot be used is told in `problems`.
+    A file that was written later corrects an earlier one (of the same time, by name); between two
+    labels that both have `labelled_at` the newer one counts, wherever it stands. Whatever cannot be
+    used is told in `problems`.
 
     Raises:
         FeedError: the storage failed.
@@ -102,6 +103,7 @@ def read_all(settings: FeedSettings, root: Path) -> LabelFiles:
             files.append((shown, _read_rows(place, name, entry)))
         except Refused as refused:
             unusable.append(f"{shown}: {refused}; the file was passed over")
+    files.sort(key=lambda file: file[1].modified or datetime.min.replace(tzinfo=UTC))
     return LabelFiles(tuple(files), tuple(unusable))
 
 
