@@ -177,7 +177,6 @@ class Bucket:
                 start_new_session=True,
             )
         wait_for("S3 server", self._answers)
-        self._make_bucket()
 
     def _make_bucket(self) -> None:
         import boto3
@@ -208,6 +207,7 @@ def bucket(folder: Path) -> Iterator[Bucket]:
     server = Bucket(folder, f"127.{draw.randrange(1, 255)}.{draw.randrange(1, 255)}.1")
     try:
         server.start()
+        server._make_bucket()
         yield server
     finally:
         server.stop()
