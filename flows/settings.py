@@ -430,6 +430,13 @@ def export_to_environment(settings: Settings) -> None:
         os.environ.setdefault(name, value)
 
 
+def under_torchrun(environ: Mapping[str, str] | None = None) -> bool:
+    """Tell whether torchrun, or a job of a cluster that does as it does, started several of us."""
+    environ = os.environ if environ is None else environ
+    known = all(environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return known and environ.get("WORLD_SIZE", "1") != "1"
+
+
 def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:
     """Refuse settings under [model] that the champion contradicts; what is unset is inherited.
 
