@@ -15,20 +15,18 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.batches import read_batch
 from flows.digest import digest
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
-from flows.intake import BatchData, TooManyBad
-from flows.package import see
+from flows.intake import TooManyBad
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
 from flows.shadow import Shadow, compare_answers
+from flows.shards import Seen, see_batch
 from flows.words import count, slug
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
 from monitoring.detectors import Detection, detect_drift
@@ -43,7 +41,6 @@ from sft.dataset import Role, role_of
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import thumbnail
-from sft.pixels import take
 from sft.tasks import rightly
 
 POOLED = "pooled"
@@ -213,17 +210,16 @@ def check(
     key = CheckKey(champion.number, batch.id, batch.digest)
     run_id = registry.begin_check(key, stamp_of(batch, settings))
     try:
-        preprocessing = against.network.config.preprocessing
-        bound = settings.memory.in_memory_bytes
-        read = read_batch(batch, settings.feed, settings.root, preprocessing, in_memory_bytes=bound)
+        shadow = [] if against.shadow is None else [against.shadow.network]
+        seen = see_batch(batch, settings, [against.network, *shadow], against.used)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
         return _fail(registry, batch, champion, run_id, str(error), past)
-    places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in against.used]
-    if not places:
+    read = seen.read
+    if not seen.tables:
         reason = "The champion learned from every sample of the batch, or has it in its reference."
         none = Action.NONE.value
         return _without_test(registry, batch, champion, run_id, none, reason, 0, past)
-    own = _features(against.network, read, places)
+    own = seen.tables[0]
     try:
         own.require_finite("batch")
     except ValueError as error:
@@ -250,9 +246,10 @@ def check(
             return _fail(registry, batch, champion, run_id, str(error), past)
         metrics = _metrics(measured, len(own), len(read.quarantined))
         if against.shadow is not None:
-            theirs = _features(against.shadow.network, read, places)
             config = against.network.config
-            told, words = compare_answers(against.shadow, theirs, config, own, measured.estimate)
+            told, words = compare_answers(
+                against.shadow, seen.tables[1], config, own, measured.estimate
+            )
             metrics |= told
             measured = replace(measured, notes=(*measured.notes, words))
         decision = decider.decide(evidence_of(batch.id, metrics, settings))
@@ -262,7 +259,7 @@ def check(
             settings,
             against,
             batch,
-            read,
+            seen,
             past,
             measured,
             decision,
@@ -456,17 +453,6 @@ def estimate_track(records: Sequence[CheckRecord]) -> Track:
 # ---- inside
 
 
-def _features(network: Network, read: BatchData, places: Sequence[int]) -> FeatureTable:
-    sizes = read.sizes
-    return see(
-        network,
-        tuple(read.samples["sample_id"].iloc[list(places)]),
-        take(read.pixels, torch.tensor(places)),
-        sizes=[sizes[i] for i in places],
-        metadata=read.metadata.iloc[list(places)].reset_index(drop=True),
-    )
-
-
 def _with_waiting(
     registry: Registry, past: Past, batch: Batch, own: FeatureTable
 ) -> tuple[FeatureTable, tuple[str, ...]]:
@@ -552,7 +538,7 @@ def _write_report(
     settings: Settings,
     against: Against,
     batch: Batch,
-    read: BatchData,
+    seen: Seen,
     past: Past,
     measured: Measured,
     decision: Decision,
@@ -586,7 +572,7 @@ def _write_report(
             for record in past.records
             if "drift.stream" in record.metrics
         )[-MAX_PAST:],
-        strays=_strays(against, read, measured.features),
+        strays=_strays(against, seen, measured.features),
         dimensions=tuple(
             f"embedding {moved.index + 1} {moved.move:+.1f} sd"
             for moved in moved_dimensions(against.reference, measured.features)
@@ -606,23 +592,23 @@ def _write_report(
 
 
 def _strays(
-    against: Against, read: BatchData, features: FeatureTable
+    against: Against, seen: Seen, features: FeatureTable
 ) -> tuple[tuple[str, bytes, str, bytes, float], ...]:
     """Give the farthest pictures beside the nearest ones that the reference has."""
-    places = {name: i for i, name in enumerate(read.samples["sample_id"])}
     found = farthest(against.reference, features)
+    pixels = seen.pictures({stray.sample_id for stray in found} & {*seen.read.samples["sample_id"]})
     preprocessing = against.network.config.preprocessing
     known = against.memory.pixels([stray.nearest_id for stray in found], preprocessing)
     return tuple(
         (
             stray.sample_id,
-            thumbnail(read.pixels[places[stray.sample_id]]),
+            thumbnail(pixels[stray.sample_id]),
             stray.nearest_id,
             thumbnail(known[stray.nearest_id]) if stray.nearest_id in known else b"",
             stray.distance,
         )
         for stray in found
-        if stray.sample_id in places  # the others came with an earlier batch
+        if stray.sample_id in pixels  # the others came with an earlier batch
     )
 
 

@@ -1,9 +1,9 @@
 """The processes of one fine-tuning: who leads them, what it hands to the others, and their end.
 
 The process that was asked for a fine-tuning leads: it knows the world around it, and the others
-only compute. On one machine it starts them itself, and they find each other by a file and speak over
-loopback. On several machines `torchrun` starts the same command on each; `join` tells which one
-leads. Either way the others get all they need from the leader, so they share no folder with it.
+only compute. On one machine it starts them itself, and they find each other by a file and speak
+over loopback. On several machines `torchrun` starts the same command on each; `join` tells which
+one leads. Either way the others get all they need from the leader, so they share no folder with it.
 
 A fine-tuning is handed over as a folder without a pickle: networks as `sft.models` saves them,
 pictures as they lie in memory, labels in safetensors, settings in JSON. Pictures are mapped from

@@ -77,7 +77,7 @@ def test_a_process_that_dies_is_named_and_none_is_left() -> None:
             gone[0].kill()
 
     compute = ComputeSettings(device=Device.CPU, processes=3)
-    with pytest.raises(processes.ProcessError, match="process 1 of 0 to 2, .* killed by signal 9"):
+    with pytest.raises(processes.ProcessError, match=r"process 1 of 0 to 2, .* killed by signal 9"):
         processes.tune(
             network(),
             optical_digits().take(range(200)),
