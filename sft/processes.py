@@ -73,14 +73,19 @@ class _Crew:
         """Let them speak in the way of the device that they compute on."""
         if compute.start().type == "cpu":
             return Team(self.rank, self.size)
-        place, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if place >= there:
-            raise ValueError(
-                f"{place + 1} processes on a machine with {there} CUDA device(s): lower processes"
-            )
+        place = int(os.environ.get("LOCAL_RANK", "0"))
+        _refuse_few_devices(place + 1)
         torch.cuda.set_device(place)
         group = dist.new_group(backend="nccl")
         return Team(self.rank, self.size, group, torch.device("cuda", place))
+
+
+def _refuse_few_devices(processes: int) -> None:
+    if processes > (there := torch.cuda.device_count()):
+        raise ValueError(
+            f"{processes} processes need a CUDA device each, and this machine has {there}: lower"
+            ' processes under [compute], or set device = "cpu"'
+        )
 
 
 _JOINED: list[_Crew] = []
@@ -125,6 +130,8 @@ def tune(
             threads = max(1, torch.get_num_threads() // crew.size)
             compute = replace(compute, threads=threads)
         compute = replace(compute, device=Device(compute.start().type))
+        if crew.started and compute.device == Device.CUDA:
+            _refuse_few_devices(crew.size)
         try:
             with tempfile.TemporaryDirectory(prefix="sustain-tuning-") as name:
                 _write(Path(name), start, fresh, settings, compute, **given)
@@ -191,7 +198,8 @@ def _crew(compute: ComputeSettings, start: Network) -> Iterator[_Crew | None]:
             try:
                 _start(crew, Path(name), start.config.architecture)
                 yield crew
-                _hand_over(crew, None)
+                with contextlib.suppress(RuntimeError):  # one that dies now is missed by nobody
+                    _hand_over(crew, None)
                 patience = END_SECONDS
             finally:
                 _end(crew, patience)
@@ -250,17 +258,25 @@ def _explain(crew: _Crew, error: RuntimeError) -> NoReturn:
     end = time.monotonic() + END_SECONDS
     while crew.started and not _dead(crew) and time.monotonic() < end and _is_lost(error):
         time.sleep(0.05)
-    for rank in _dead(crew):
-        code = crew.started[rank - 1].returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        assert crew.folder is not None  # noqa: S101 - it has started some
-        said = _log(crew.folder, rank).read_text(errors="replace").strip().splitlines()
-        raise ProcessError(
-            f"process {rank} of 0 to {crew.size - 1}, which shared this fine-tuning, {how}"
-            f" ({said[-1] if said else 'it said nothing'}): nothing was made; run the same command"
-            " again, or set processes under [compute] lower if memory is short"
-        ) from error
-    raise error
+    if not (dead := _dead(crew)):
+        raise error
+    code, words, rank = min((*_end_of(crew, rank), rank) for rank in dead)
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    raise ProcessError(
+        f"process {rank} of 0 to {crew.size - 1}, which shared this fine-tuning, {how}"
+        f" ({words}): nothing was made; run the same command again, or set processes under"
+        " [compute] lower if memory is short"
+    ) from error
+
+
+def _end_of(crew: _Crew, rank: int) -> tuple[int, str]:
+    """Tell how a process ended: its exit code and its last words.
+
+    The others end by a lost connection, so of several the one that was killed is the cause.
+    """
+    assert crew.folder is not None  # noqa: S101 - it was started from there
+    said = _log(crew.folder, rank).read_text(errors="replace").strip().splitlines()
+    return crew.started[rank - 1].returncode, said[-1] if said else "it said nothing"
 
 
 def _is_lost(error: RuntimeError) -> bool:
