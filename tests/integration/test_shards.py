@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -76,9 +78,16 @@ def test_a_shard_that_the_storage_fails_is_read_again_alone(
     assert [run["state_name"] for run in runs] == ["Completed"] * 4
 
 
-def has_embedded(worker: psutil.Process) -> bool:
-    """Tell whether a process of Ray's has loaded torch, which only our task makes it do."""
-    return any("libtorch" in mapped.path for mapped in worker.memory_maps())
+def nodes_that_embed(done: threading.Event) -> set[int]:
+    """Name the nodes of Ray's with a worker that loaded torch, which only our task makes it do."""
+    found = set()
+    while not done.wait(0.5):
+        with suppress(psutil.Error):  # a worker that ended meanwhile
+            for node in psutil.Process().children(recursive=True):
+                if node.name() == "raylet":
+                    maps = [m.path for one in node.children() for m in one.memory_maps()]
+                    found |= {node.pid} if any("libtorch" in path for path in maps) else set()
+    return found
 
 
 @pytest.mark.nightly
@@ -97,10 +106,15 @@ def test_a_ray_cluster_of_two_nodes_reads_the_shards(small_world: Callable[[str]
     try:
         cluster.add_node(num_cpus=1, object_store_memory=10**8)
         in_shards(world, f'task_runner = "ray"\nray_address = "{cluster.address}"\n')
-        (checked,) = watch(str(world.path)).checked
+        with ThreadPoolExecutor() as beside:
+            done = threading.Event()
+            nodes = beside.submit(nodes_that_embed, done)
+            try:
+                (checked,) = watch(str(world.path)).checked
+            finally:
+                done.set()
         assert checked.samples == 100
-        nodes = [one for one in psutil.Process().children(recursive=True) if one.name() == "raylet"]
-        assert [any(map(has_embedded, node.children())) for node in nodes] == [True, True]
+        assert len(nodes.result()) == 2
     finally:
         ray.shutdown()
         cluster.shutdown()
