@@ -18,6 +18,8 @@ test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow
 		tests/integration tests/e2e
 
 test-nightly: $(INSTALLED)  ## the long ones; writes tests/bench/results/failures.{json,md}
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[test,ray]' --constraint constraints.txt
 	FAILURES_TABLE=1 $(BIN)/pytest -m nightly
 	FAILURES_TABLE=1 KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
 

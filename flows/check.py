@@ -16,7 +16,6 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
@@ -26,10 +25,10 @@ from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import BatchData, TooManyBad
 from flows.kept import SEEN, as_json
-from flows.package import see
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
 from flows.shadow import Shadow, compare_answers
+from flows.shards import Seen, see_batch, see_read
 from flows.words import count, slug
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
 from monitoring.detectors import Detection, detect_drift
@@ -45,7 +44,6 @@ from sft.dataset import Role, role_of
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import thumbnail
-from sft.pixels import take
 from sft.tasks import rightly
 
 POOLED = "pooled"
@@ -245,8 +243,8 @@ def check(
         return _fail(registry, batch, champion, run_id, str(error), past)
     tested, notes = _with_waiting(registry, past, batch, own)
     registry.log_features(run_id, own)
-    if registry.live and look.read.quarantined:
-        registry.log_text(run_id, _quarantine(look.read), "quarantine.csv")
+    if registry.live and look.seen.read.quarantined:
+        registry.log_text(run_id, _quarantine(look.seen.read), "quarantine.csv")
     if len(tested) < settings.checks.min_batch:
         reason = (
             f"{count(range(len(tested)), 'picture')} in all, fewer than min_batch ="
@@ -257,7 +255,7 @@ def check(
         measured = measure(registry, against, tested, past, notes)
     except ValueError as error:  # such as a reference that is too small for alpha
         return _fail(registry, batch, champion, run_id, str(error), past)
-    quarantined = len(look.read.quarantined) if registry.live else 0
+    quarantined = len(look.seen.read.quarantined) if registry.live else 0
     metrics = _metrics(measured, len(own), quarantined) | _distance(measured.detection, past)
     shadow = against.shadow
     if shadow is not None and (theirs := look_once(registry, look, shadow)) is not None:
@@ -267,7 +265,7 @@ def check(
         measured = replace(measured, notes=(*measured.notes, words))
     decision = decider.decide(evidence_of(batch.id, metrics, settings))
     if registry.live:
-        _log_report(registry, run_id, against, batch, look.read, past, measured, decision)
+        _log_report(registry, run_id, against, batch, look.seen, past, measured, decision)
     registry.chart(champion.number, metrics, step=past.number)
     registry.log(
         run_id,
@@ -486,34 +484,31 @@ class Look:
     batch: Batch
 
     @cached_property
-    def read(self) -> BatchData:
-        """Read the batch."""
-        return self.registry.read(self.batch, self.against.network.config.preprocessing)
+    def seen(self) -> Seen:
+        """Let champion and challenger see what is news to the champion."""
+        against, shadow = self.against, self.against.shadow
+        networks = [against.network, *([] if shadow is None else [shadow.network])]
+        return see_batch(self.batch, self.registry.settings, networks, against.used)
 
-    def features(self, network: Network) -> FeatureTable | None:
-        """Give what a network sees in samples that are news to the champion; None if none is."""
-        read, used = self.read, self.against.used
-        ids = read.samples["sample_id"]
-        places = [i for i, name in enumerate(ids) if name not in used]
-        if not places:
-            return None
-        return see(
-            network,
-            tuple(ids.iloc[places]),
-            take(read.pixels, torch.tensor(places)),
-            sizes=[read.sizes[i] for i in places],
-            metadata=read.metadata.iloc[places].reset_index(drop=True),
-        )
+    def features(self, shadow: Shadow | None) -> FeatureTable | None:
+        """Give what the champion or the challenger sees; None if nothing is news."""
+        against = self.against
+        if self.registry.live:
+            tables, place = self.seen.tables, int(shadow is not None)
+        else:  # which reads a batch once for all policies
+            read = self.registry.read(self.batch, against.network.config.preprocessing)
+            network = against.network if shadow is None else shadow.network
+            tables, place = see_read(read, [network], against.used).tables, 0
+        return tables[place] if tables else None
 
 
 def look_once(registry: Registry, look: Look, shadow: Shadow | None = None) -> FeatureTable | None:
     """Look at a batch, or let the challenger look; a replay does it once for all policies."""
     batch, against = look.batch, look.against
-    network = against.network if shadow is None else shadow.network
     digests = [against.version.tags["digest"]]
     digests += [] if shadow is None else [shadow.version.tags["digest"]]
     stated = (batch.id, batch.digest, asdict(registry.settings.feed))
-    return registry.once(SEEN, (digests, *stated), lambda: look.features(network))
+    return registry.once(SEEN, (digests, *stated), lambda: look.features(shadow))
 
 
 def _quarantine(read: BatchData) -> str:
@@ -609,7 +604,7 @@ def _log_report(
     run_id: str,
     against: Against,
     batch: Batch,
-    read: BatchData,
+    seen: Seen,
     past: Past,
     measured: Measured,
     decision: Decision,
@@ -644,7 +639,7 @@ def _log_report(
             for record in past.records
             if "drift.stream" in record.metrics
         )[-MAX_PAST:],
-        strays=_strays(against, read, measured.features),
+        strays=_strays(against, seen, measured.features),
         dimensions=tuple(
             f"embedding {moved.index + 1} {moved.move:+.1f} sd"
             for moved in moved_dimensions(against.reference, measured.features)
@@ -667,23 +662,23 @@ def _log_report(
 
 
 def _strays(
-    against: Against, read: BatchData, features: FeatureTable
+    against: Against, seen: Seen, features: FeatureTable
 ) -> tuple[tuple[str, bytes, str, bytes, float], ...]:
     """Give the farthest pictures beside the nearest ones that the reference has."""
-    places = {name: i for i, name in enumerate(read.samples["sample_id"])}
     found = farthest(against.reference, features)
+    pixels = seen.pictures({stray.sample_id for stray in found} & {*seen.read.samples["sample_id"]})
     preprocessing = against.network.config.preprocessing
     known = against.memory.pixels([stray.nearest_id for stray in found], preprocessing)
     return tuple(
         (
             stray.sample_id,
-            thumbnail(read.pixels[places[stray.sample_id]]),
+            thumbnail(pixels[stray.sample_id]),
             stray.nearest_id,
             thumbnail(known[stray.nearest_id]) if stray.nearest_id in known else b"",
             stray.distance,
         )
         for stray in found
-        if stray.sample_id in places  # the others came with an earlier batch
+        if stray.sample_id in pixels  # the others came with an earlier batch
     )
 
 

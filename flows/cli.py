@@ -642,13 +642,26 @@ def _idle(plan: Plan) -> str:
 
 def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     """Read the settings and prepare the environment, before Prefect or torch is imported."""
-    from flows.settings import export_to_environment, load_settings
+    from flows.settings import export_to_environment, load_settings, under_torchrun
 
     settings = load_settings(settings_file)
     export_to_environment(settings)
+    if under_torchrun():
+        _share(settings)
     if needs_prefect:
         _check_prefect(settings)
     return settings
+
+
+def _share(settings: Settings) -> None:
+    """Go on as the one process that does what the command says; let the others help it."""
+    from sft import processes
+
+    if processes.join():
+        click.get_current_context().call_on_close(processes.leave)
+    else:
+        processes.help_out(settings.allowed_factories)
+        sys.exit(0)
 
 
 def _begin_all(files: tuple[Path, ...], *, needs_prefect: bool = True) -> list[Settings]:

@@ -159,6 +159,7 @@ class Intake:
         self._settings = settings
         self._preprocessing = preprocessing
         self._only = only
+        self._in_memory_bytes = in_memory_bytes
         size = preprocessing.image_size
         self._pixels = PixelSink((preprocessing.channels, size, size), in_memory_bytes)
         self._kept: dict[str, _Kept] = {}
@@ -207,6 +208,40 @@ class Intake:
             self._kept[sample.name] = _Kept(sample, size, len(self._pixels))
             self._pixels.add(picture.pixels)
 
+    def beside(self, in_memory_bytes: int | None = None) -> "Intake":
+        """Give one that takes another part of the same batch."""
+        bound = self._in_memory_bytes if in_memory_bytes is None else in_memory_bytes
+        return Intake(self.batch, self._settings, self._preprocessing, self._only, bound)
+
+    def settle(self) -> tuple[list[str], list[tuple[int, int, int]], Pixels]:
+        """Hand the pictures over, with the names and the sizes of the kept ones among them.
+
+        Nothing can be taken after it, and what is left is small enough to be sent elsewhere.
+        """
+        kept, pixels = self._kept, self._pixels.finish()
+        self._pixels = PixelSink(pixels.shape[1:])
+        return list(kept), [one.size for one in kept.values()], pixels
+
+    def add(self, other: "Intake") -> None:
+        """Take what another one took of a later part, as if it had come here; but not its pictures.
+
+        What both have is told as it is within one.
+        """
+        digests, kept = other._digests, other._kept  # noqa: SLF001 - of the same class
+        for name, digest in digests.items():
+            if self._digests.setdefault(name, digest) != digest:
+                self._clashing[name] = None
+            elif name in kept and name in self._kept:
+                self.repeat(name)
+                agreed = self.agree(self._kept[name].sample, kept[name].sample.label)
+                self._kept[name] = replace(self._kept[name], sample=agreed)
+            elif name in kept:
+                self._kept[name] = kept[name]
+        self.notes += other.notes
+        self.shard_bytes += other.shard_bytes
+        for known in ("_bad", "_lost_shards", "_repeated", "_clashing", "_disputed"):
+            getattr(self, known).update(getattr(other, known))
+
     def too_large(self, size: int) -> str | None:
         """Say why an encoded picture of so many bytes is not taken."""
         limit = self._settings.max_bytes
@@ -229,7 +264,7 @@ class Intake:
         self._repeated[name] = None
 
     def finish(self) -> BatchData:
-        """Return what was taken.
+        """Return what was taken; after `settle` or `add`, without pictures.
 
         Raises:
             BatchNotReady: it holds nothing, or fewer than `min_samples` usable pictures.
@@ -245,7 +280,7 @@ class Intake:
         kept = list(self._kept.values())
         samples = self._frame([one.sample for one in kept])
         pixels, places = self._pixels.finish(), [one.place for one in kept]
-        if places != list(range(len(pixels))):
+        if len(pixels) and places != list(range(len(pixels))):
             pixels = take(pixels, torch.tensor(places, dtype=torch.int64))
         return BatchData(
             batch=self.batch,

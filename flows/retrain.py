@@ -31,7 +31,7 @@ from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.shadow import SHADOW, batches_left
 from flows.storage import FeedError
 from monitoring.words import count
-from sft import after, models
+from sft import models, processes
 from sft.averaging import members_of
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
@@ -440,7 +440,7 @@ def tune(
     train = labelled.with_role(Role.TRAIN)
     bar = TrainingBar("fine-tuning", len(train), training.epochs * training.runs)
     with bar:
-        return after.tune(
+        return processes.tune(
             network,
             train,
             training,

@@ -182,13 +182,16 @@ class Bucket:
         import boto3
 
         where = {name.lower(): value for name, value in self.environment.items()}
-        boto3.client(
+        client = boto3.client(
             "s3",
             endpoint_url=where["aws_endpoint_url"],
             region_name=where["aws_default_region"],
             aws_access_key_id=where["aws_access_key_id"],
             aws_secret_access_key=where["aws_secret_access_key"],
-        ).create_bucket(Bucket="sustain")
+        )
+        # boto3 asks again when a busy server was slow to say that it is done
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket="sustain")
 
     def stop(self) -> None:
         """Stop it at once, as kill -9 does."""
