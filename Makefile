@@ -6,8 +6,8 @@ INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
-.PHONY: demo test test-fast test-nightly lint format bench bench-cli bench-gate bench-monitoring bench-month \
-	bench-scale bench-sft clean
+.PHONY: demo test test-fast test-nightly lint format bench bench-backtest bench-cli bench-gate \
+	bench-monitoring bench-month bench-scale bench-sft clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
@@ -17,9 +17,11 @@ test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow
 	$(BIN)/pytest --numprocesses 3 --dist loadfile --durations 20 -m "not nightly" \
 		tests/integration tests/e2e
 
-test-nightly: $(INSTALLED)  ## the long ones
-	$(BIN)/pytest -m nightly
-	KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
+test-nightly: $(INSTALLED)  ## the long ones; writes tests/bench/results/failures.{json,md}
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[test,ray]' --constraint constraints.txt
+	FAILURES_TABLE=1 $(BIN)/pytest -m nightly
+	FAILURES_TABLE=1 KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
 	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
@@ -34,7 +36,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-cli bench-gate bench-monitoring bench-sft bench-month  ## each writes tests/bench/results/NAME.{json,md}
+bench: bench-backtest bench-cli bench-gate bench-monitoring bench-sft bench-month  ## each writes tests/bench/results/NAME.{json,md}
 
 bench-cli: $(INSTALLED)
 	$(BIN)/python tests/bench/cli.py
@@ -48,6 +50,9 @@ bench-monitoring: $(INSTALLED)  ## monitoring on real data beside its peers: som
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python tests/bench/bench_monitoring.py
+
+bench-backtest: $(INSTALLED)  ## policies replayed on streams of real pictures: some ten CPU minutes
+	$(BIN)/python tests/bench/bench_backtest.py
 
 bench-month: $(INSTALLED)  ## a simulated month through the real flows: some 20 minutes
 	$(BIN)/python tests/bench/bench_month.py

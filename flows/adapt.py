@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import torch
 from prefect import flow
 
 from flows.digest import digest
-from flows.feed import Batch, list_batches
-from flows.fresh import FreshSet, Labels, fresh_set, gather_labels, held_out_labels
+from flows.feed import Batch
+from flows.fresh import FreshSet, Labels, fresh_set, held_out_labels
 from flows.notify import tell_of_failure
 from flows.package import LEARNED_COLUMNS, Lineage, Package, build_reference
 from flows.promote import labels_came
@@ -53,10 +52,10 @@ def adapt(settings_path: str, cause: str = "asked for by a person") -> Retrained
     """
     settings = load_settings(Path(settings_path))
     registry = Registry(settings)
-    registry.observe_moves(datetime.now(UTC))
+    registry.observe_moves(registry.now())
     champion = registry.champion()
     refuse_contradiction(settings, registry.config(champion))
-    batches = list_batches(settings.feed, settings.root)
+    batches = registry.view.batches()
     here = {(batch.id, batch.digest) for batch in batches}
     rang = sorted(
         (c.key.batch_id, c.key.digest)
@@ -77,7 +76,7 @@ def adapt(settings_path: str, cause: str = "asked for by a person") -> Retrained
         version = make_adapted(registry, settings, champion, batches, names, key, cause)
     else:
         registry.finish_training(version)
-    return challenge(registry, version, settings_path, made_now=made_now)
+    return challenge(registry, version, made_now=made_now)
 
 
 def make_adapted(
@@ -97,7 +96,7 @@ def make_adapted(
     network, memory = registry.network(champion), registry.memory(champion)
     classes, task = network.config.classes, network.config.task
     before = registry.learned(champion)
-    found = fresh_set(gather_labels(settings, batches, classes, task), before).table
+    found = fresh_set(registry.view.labels(batches, classes, task), before).table
     known_to_it = task.known(task.rows(found["label"], classes))  # more classes need a retraining
     fresh = FreshSet(found[known_to_it.numpy()])
     window_of = that_rang(registry, champion, batches)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -72,17 +72,43 @@ def read_batch(
         TooManyBad: more than `max_bad_share` of it is unreadable.
         FeedError: the storage failed.
     """
+    with open_batch(batch, settings, root, preprocessing, only, in_memory_bytes) as opened:
+        opened.contents.read(opened.place, settings, opened.intake)
+    return opened.intake.finish()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A batch that is being read: where it lies, what it holds, and what takes it in."""
+
+    place: Place
+    contents: "Contents"
+    intake: Intake
+
+
+@contextmanager
+def open_batch(
+    batch: Batch,
+    settings: FeedSettings,
+    root: Path,
+    preprocessing: Preprocessing,
+    only: AbstractSet[str] | None = None,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
+) -> Iterator[Opened]:
+    """List a batch and read its metadata; at the end, see that it is still what it was.
+
+    Arguments and errors are those of `read_batch`.
+    """
     place = open_place(batch.url, settings.storage_options, root)
     entries = walk(place)
     current = check_ready(batch, settings, root, place, entries)
     intake = Intake(current, settings, preprocessing, only, in_memory_bytes)
-    _read_contents(place, _named(current, entries), settings, intake)
+    yield Opened(place, _survey(place, _named(current, entries), settings, intake), intake)
     if describe(place, batch.id, walk(place)).stamp != current.stamp:
         raise BatchNotReady(
             f"batch {batch.id}: its folder changed while it was read; it is tried again next time "
             "(write a batch elsewhere and rename it into the feed, or close it with _SUCCESS)"
         )
-    return intake.finish()
 
 
 def read_own_labels(batch: Batch, settings: FeedSettings, root: Path) -> dict[str, str]:
@@ -119,17 +145,44 @@ def _named(batch: Batch, entries: dict[str, Entry]) -> dict[str, Entry]:
 
 
 @dataclass(frozen=True)
-class _Contents:
-    """The files of a batch by what they are."""
+class Contents:
+    """The files of a batch, or of a part of it, by what they are."""
 
     pictures: dict[str, tuple[Sample, Entry]]
     shards: dict[str, Entry]
     others: list[str]
 
+    def parts(self, size: int) -> "list[Contents]":
+        """Split what is large, in its order: so many picture files, or one Parquet shard, in each.
 
-def _read_contents(
+        What has no more pictures, and no more in its Parquet shards than is unpacked at once, stays
+        whole.
+        """
+        if len(self.pictures) <= size and sum(e.size for e in self.shards.values()) <= _SHARD_BYTES:
+            return [self]
+        names = list(self.pictures)
+        several = [names[start : start + size] for start in range(0, len(names), size)]
+        return [
+            *(Contents({name: self.pictures[name] for name in some}, {}, []) for some in several),
+            *(Contents({}, {name: entry}, []) for name, entry in self.shards.items()),
+        ]
+
+    def read(self, place: Place, settings: FeedSettings, intake: Intake) -> None:
+        """Let the intake take all samples."""
+        wanted = [(name, entry) for name, (_, entry) in self.pictures.items()]
+        for name, content in read_files(place, wanted, settings.max_bytes):
+            if isinstance(content, Refused):
+                intake.reject(name, str(content))
+            else:
+                intake.take(self.pictures[name][0], content)
+        for name, entry in self.shards.items():
+            _read_shard(place, name, entry, settings, intake)
+
+
+def _survey(
     place: Place, files: dict[str, Entry], settings: FeedSettings, intake: Intake
-) -> None:
+) -> Contents:
+    """Tell what of a batch is worth reading; put aside what is not, by what the listing says."""
     metadata = _read_metadata(place, files, settings, intake)
     contents = _sort_files(intake.batch, files, metadata)
     for split, table in metadata.items():
@@ -140,29 +193,23 @@ def _read_contents(
                 f"{count(unnamed, 'picture')} not named in {table.file}, so without its columns: "
                 f"{first_few(unnamed)}"
             )
-    wanted = []
-    for name, (_, entry) in contents.pictures.items():
+    wanted = {}
+    for name, (sample, entry) in contents.pictures.items():
         if intake.wants(name):
             if problem := unusable(place, name, entry) or intake.too_large(entry.size):
                 intake.reject(name, problem)
             else:
-                wanted.append((name, entry))
-    for name, content in read_files(place, wanted, settings.max_bytes):
-        if isinstance(content, Refused):
-            intake.reject(name, str(content))
-        else:
-            intake.take(contents.pictures[name][0], content)
-    for name, entry in contents.shards.items():
-        _read_shard(place, name, entry, settings, intake)
+                wanted[name] = sample, entry
     if others := contents.others:
         verb = "is no picture was" if len(others) == 1 else "are no pictures were"
         intake.notes.append(f"{count(others, 'file')} that {verb} passed over: {first_few(others)}")
+    return replace(contents, pictures=wanted)
 
 
 def _sort_files(
     batch: Batch, files: dict[str, Entry], metadata: "dict[str, _Metadata]"
-) -> _Contents:
-    contents = _Contents({}, {}, [])
+) -> Contents:
+    contents = Contents({}, {}, [])
     named = {name: sample for table in metadata.values() for name, sample in table.samples.items()}
     tables = {table.file for table in metadata.values()}
     for name, entry in files.items():

@@ -10,25 +10,25 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.batches import read_batch
 from flows.digest import digest
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import BatchData, TooManyBad
-from flows.package import see
+from flows.kept import SEEN, as_json
 from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
 from flows.settings import Settings
 from flows.shadow import Shadow, compare_answers
+from flows.shards import Seen, see_batch, see_read
 from flows.words import count, slug
 from monitoring.accuracy import Estimate, Track, estimate_accuracy, settle, track
 from monitoring.detectors import Detection, detect_drift
@@ -39,16 +39,17 @@ from monitoring.policy import Action, Decision, Evidence
 from monitoring.reference import Reference
 from monitoring.sequential import Running, StreamEvidence, StreamState, bets, step
 from monitoring.slices import MAX_VALUES, Slice, check_slices, joined, values_of
+from monitoring.triggers import rank_of
 from sft.dataset import Role, role_of
 from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import thumbnail
-from sft.pixels import take
 from sft.tasks import rightly
 
 POOLED = "pooled"
 """The action of a batch that was too small by itself: it is tested with the following ones."""
 FAILED = "failed"
+DISTANCE = "drift.distance"
 NEARLY_ALL = 0.9
 BATCHES_OF_REFERENCE = 10
 MAX_PAST = 200
@@ -143,6 +144,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a batch shows by itself, whatever came before; `evidence` as it stands on record."""
+
+    detection: Detection
+    evidence: str
+    estimate: Estimate
+    slices: tuple[Slice, ...]
+    notes: tuple[str, ...]
+
+
+FOUND = as_json("found", Found)
+
+
+@dataclass(frozen=True)
 class Checked:
     """One check's result; the figures are NaN when it failed or waits for more pictures."""
 
@@ -173,10 +188,11 @@ class Decides(Protocol):
         ...
 
 
-def stamp_of(batch: Batch, settings: Settings) -> str:
-    """Name the state of a batch and of the settings that a check may fail by."""
+def stamps_of(batches: Sequence[Batch], settings: Settings) -> list[str]:
+    """Name the states of batches and of the settings that their checks may fail by."""
     stated = [asdict(part) for part in (settings.feed, settings.detection, settings.checks)]
-    return f"{batch.stamp}-{digest(stated)[:8]}"
+    named = digest(stated)[:8]
+    return [f"{batch.stamp}-{named}" for batch in batches]
 
 
 def is_tested(record: CheckRecord) -> bool:
@@ -210,64 +226,46 @@ def check(
     the settings do.
     """
     champion = against.version
+    look = Look(registry, against, batch)
     key = CheckKey(champion.number, batch.id, batch.digest)
-    run_id = registry.begin_check(key, stamp_of(batch, settings))
+    run_id = registry.begin_check(key, *stamps_of([batch], settings))
     try:
-        preprocessing = against.network.config.preprocessing
-        bound = settings.memory.in_memory_bytes
-        read = read_batch(batch, settings.feed, settings.root, preprocessing, in_memory_bytes=bound)
+        own = look_once(registry, look)
     except (BatchNotReady, TooManyBad) as error:  # other errors are the storage's: try again
         return _fail(registry, batch, champion, run_id, str(error), past)
-    places = [i for i, name in enumerate(read.samples["sample_id"]) if name not in against.used]
-    if not places:
+    if own is None:
         reason = "The champion learned from every sample of the batch, or has it in its reference."
         none = Action.NONE.value
         return _without_test(registry, batch, champion, run_id, none, reason, 0, past)
-    own = _features(against.network, read, places)
     try:
         own.require_finite("batch")
     except ValueError as error:
         return _fail(registry, batch, champion, run_id, str(error), past)
     tested, notes = _with_waiting(registry, past, batch, own)
-    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
-        folder = Path(name)
-        own.save(folder / "features.parquet")
-        if read.quarantined:
-            rows = [(q.sample_id, q.reason) for q in read.quarantined]
-            pd.DataFrame(rows, columns=["sample_id", "reason"]).to_csv(
-                folder / "quarantine.csv", index=False
-            )
-        if len(tested) < settings.checks.min_batch:
-            reason = (
-                f"{count(range(len(tested)), 'picture')} in all, fewer than min_batch ="
-                f" {settings.checks.min_batch}: tested together with the next batch."
-            )
-            _log_files(registry, run_id, folder)
-            return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own), past)
-        try:
-            measured = measure(settings, against.reference, tested, past, notes)
-        except ValueError as error:  # such as a reference that is too small for alpha
-            return _fail(registry, batch, champion, run_id, str(error), past)
-        metrics = _metrics(measured, len(own), len(read.quarantined))
-        if against.shadow is not None:
-            theirs = _features(against.shadow.network, read, places)
-            config = against.network.config
-            told, words = compare_answers(against.shadow, theirs, config, own, measured.estimate)
-            metrics |= told
-            measured = replace(measured, notes=(*measured.notes, words))
-        decision = decider.decide(evidence_of(batch.id, metrics, settings))
-        _write_report(
-            folder / "report.html",
-            registry,
-            settings,
-            against,
-            batch,
-            read,
-            past,
-            measured,
-            decision,
+    registry.log_features(run_id, own)
+    if registry.live and look.seen.read.quarantined:
+        registry.log_text(run_id, _quarantine(look.seen.read), "quarantine.csv")
+    if len(tested) < settings.checks.min_batch:
+        reason = (
+            f"{count(range(len(tested)), 'picture')} in all, fewer than min_batch ="
+            f" {settings.checks.min_batch}: tested together with the next batch."
         )
-        _log_files(registry, run_id, folder)
+        return _without_test(registry, batch, champion, run_id, POOLED, reason, len(own), past)
+    try:
+        measured = measure(registry, against, tested, past, notes)
+    except ValueError as error:  # such as a reference that is too small for alpha
+        return _fail(registry, batch, champion, run_id, str(error), past)
+    quarantined = len(look.seen.read.quarantined) if registry.live else 0
+    metrics = _metrics(measured, len(own), quarantined) | _distance(measured.detection, past)
+    shadow = against.shadow
+    if shadow is not None and (theirs := look_once(registry, look, shadow)) is not None:
+        config = against.network.config
+        told, words = compare_answers(shadow, theirs, config, own, measured.estimate)
+        metrics |= told
+        measured = replace(measured, notes=(*measured.notes, words))
+    decision = decider.decide(evidence_of(batch.id, metrics, settings))
+    if registry.live:
+        _log_report(registry, run_id, against, batch, look.seen, past, measured, decision)
     registry.chart(champion.number, metrics, step=past.number)
     registry.log(
         run_id,
@@ -289,7 +287,7 @@ def check(
         batch_id=batch.id,
         champion=champion.number,
         samples=len(own),
-        quarantined=len(read.quarantined),
+        quarantined=quarantined,
         p_value=measured.detection.p_value,
         alarm=measured.detection.alarm,
         estimated=measured.estimate.value,
@@ -299,33 +297,51 @@ def check(
         reason=decision.reason,
         run_id=run_id,
     )
-    _show_in_prefect(registry, checked)
+    if registry.live:
+        _show_in_prefect(registry, checked)
     return checked
 
 
 def measure(
-    settings: Settings,
-    reference: Reference,
+    registry: Registry,
+    against: Against,
     features: FeatureTable,
     past: Past,
     notes: Sequence[str] = (),
 ) -> Measured:
     """Measure what was seen of a batch, without deciding anything."""
-    found = detect_drift(reference, features, settings.detection)
-    slices = check_slices(reference, features, settings.checks.slices, settings.detection)
-    p_value = joined(found.p_value, slices)
+    settings = registry.settings
+    stated = (asdict(settings.detection), settings.checks.slices, features.sample_ids)
+    found = registry.once(
+        FOUND,
+        (against.version.tags["digest"], *stated),
+        lambda: find(settings, against.reference, features),
+    )
     # what is on record is rounded: the same is added up now as later
-    exact = StreamEvidence(p_value, bets(reference, features))
-    evidence = StreamEvidence.from_json(exact.to_json())
+    evidence = StreamEvidence.from_json(found.evidence)
     _, stream = past.step(evidence)
     return Measured(
         features=features,
-        detection=replace(found, alarm=stream.alarm, p_value=p_value),
+        detection=replace(found.detection, alarm=stream.alarm),
         stream=stream,
         evidence=evidence,
+        estimate=found.estimate,
+        slices=found.slices,
+        notes=(*notes, *found.notes),
+    )
+
+
+def find(settings: Settings, reference: Reference, features: FeatureTable) -> Found:
+    """Hold a batch against the reference, by itself."""
+    detection = detect_drift(reference, features, settings.detection)
+    slices = check_slices(reference, features, settings.checks.slices, settings.detection)
+    p_value = joined(detection.p_value, slices)
+    return Found(
+        detection=replace(detection, p_value=p_value),
+        evidence=StreamEvidence(p_value, bets(reference, features)).to_json(),
         estimate=estimate_accuracy(reference, features),
         slices=slices,
-        notes=(*notes, *_small_reference(reference, features), *findings(reference, features)),
+        notes=(*_small_reference(reference, features), *findings(reference, features)),
     )
 
 
@@ -375,7 +391,10 @@ def evidence_of(batch_id: str, metrics: Mapping[str, float], settings: Settings)
         settled_high=metrics.get("accuracy.settled_high") if settled_n else None,
         novelty=metrics["accuracy.novelty"],
         believable=metrics["accuracy.believable"] > 0,
+        estimated_high=metrics.get("accuracy.estimated_high", metrics["accuracy.estimated"]),
         stream=_stream_short(settings),
+        distance=metrics.get(DISTANCE),
+        distance_rank=metrics.get(f"{DISTANCE}_rank"),
     )
 
 
@@ -394,7 +413,7 @@ def settle_check(
     settled = {"sustain.settled": labels_digest(batch_labels)}
     try:
         features = registry.features(record)
-    except RegistryError:  # its artifacts have expired: nothing can be settled any more
+    except RegistryError:  # it is gone for good: nothing can be settled any more
         registry.log(record.run_id, tags=settled)
         return None
     config = registry.config(registry.version(record.key.champion))
@@ -456,15 +475,45 @@ def estimate_track(records: Sequence[CheckRecord]) -> Track:
 # ---- inside
 
 
-def _features(network: Network, read: BatchData, places: Sequence[int]) -> FeatureTable:
-    sizes = read.sizes
-    return see(
-        network,
-        tuple(read.samples["sample_id"].iloc[list(places)]),
-        take(read.pixels, torch.tensor(places)),
-        sizes=[sizes[i] for i in places],
-        metadata=read.metadata.iloc[list(places)].reset_index(drop=True),
-    )
+@dataclass(frozen=True)
+class Look:
+    """A look at a batch through the eyes of the champion; its pictures are read once, if at all."""
+
+    registry: Registry
+    against: Against
+    batch: Batch
+
+    @cached_property
+    def seen(self) -> Seen:
+        """Let champion and challenger see what is news to the champion."""
+        against, shadow = self.against, self.against.shadow
+        networks = [against.network, *([] if shadow is None else [shadow.network])]
+        return see_batch(self.batch, self.registry.settings, networks, against.used)
+
+    def features(self, shadow: Shadow | None) -> FeatureTable | None:
+        """Give what the champion or the challenger sees; None if nothing is news."""
+        against = self.against
+        if self.registry.live:
+            tables, place = self.seen.tables, int(shadow is not None)
+        else:  # which reads a batch once for all policies
+            read = self.registry.read(self.batch, against.network.config.preprocessing)
+            network = against.network if shadow is None else shadow.network
+            tables, place = see_read(read, [network], against.used).tables, 0
+        return tables[place] if tables else None
+
+
+def look_once(registry: Registry, look: Look, shadow: Shadow | None = None) -> FeatureTable | None:
+    """Look at a batch, or let the challenger look; a replay does it once for all policies."""
+    batch, against = look.batch, look.against
+    digests = [against.version.tags["digest"]]
+    digests += [] if shadow is None else [shadow.version.tags["digest"]]
+    stated = (batch.id, batch.digest, asdict(registry.settings.feed))
+    return registry.once(SEEN, (digests, *stated), lambda: look.features(shadow))
+
+
+def _quarantine(read: BatchData) -> str:
+    rows = [(q.sample_id, q.reason) for q in read.quarantined]
+    return str(pd.DataFrame(rows, columns=["sample_id", "reason"]).to_csv(index=False))
 
 
 def _with_waiting(
@@ -541,18 +590,21 @@ def _metrics(measured: Measured, samples: int, quarantined: int) -> dict[str, fl
     }
 
 
-def _log_files(registry: Registry, run_id: str, folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        registry.log_file(run_id, path)
+def _distance(detection: Detection, past: Past) -> dict[str, float]:
+    """Tell how far the batch is, and of how many of the last checks' distances that is more."""
+    if (distance := detection.distance) is None:
+        return {}
+    before = [r.metrics[DISTANCE] for r in past.records if DISTANCE in r.metrics]
+    rank = rank_of(distance, before)
+    return {DISTANCE: distance} | ({} if rank is None else {f"{DISTANCE}_rank": rank})
 
 
-def _write_report(
-    path: Path,
+def _log_report(
     registry: Registry,
-    settings: Settings,
+    run_id: str,
     against: Against,
     batch: Batch,
-    read: BatchData,
+    seen: Seen,
     past: Past,
     measured: Measured,
     decision: Decision,
@@ -560,6 +612,7 @@ def _write_report(
     from monitoring.report import Page, write_report  # Evidently takes seconds to import
     from monitoring.report import Past as Drawn
 
+    settings = registry.settings
     title = f"Batch {batch.id} against version {against.version.number}"
     page = Page(
         title=title,
@@ -586,7 +639,7 @@ def _write_report(
             for record in past.records
             if "drift.stream" in record.metrics
         )[-MAX_PAST:],
-        strays=_strays(against, read, measured.features),
+        strays=_strays(against, seen, measured.features),
         dimensions=tuple(
             f"embedding {moved.index + 1} {moved.move:+.1f} sd"
             for moved in moved_dimensions(against.reference, measured.features)
@@ -596,33 +649,36 @@ def _write_report(
         notes=measured.notes,
         min_drop=settings.policy.min_drop,
     )
-    write_report(
-        path,
-        page,
-        workspace=settings.workspace,
-        project=registry.name,
-        run_key=f"{against.version.number} {batch.id} {batch.digest}",
-    )
+    with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+        path = Path(name) / "report.html"
+        write_report(
+            path,
+            page,
+            workspace=settings.workspace,
+            project=registry.name,
+            run_key=f"{against.version.number} {batch.id} {batch.digest}",
+        )
+        registry.log_file(run_id, path)
 
 
 def _strays(
-    against: Against, read: BatchData, features: FeatureTable
+    against: Against, seen: Seen, features: FeatureTable
 ) -> tuple[tuple[str, bytes, str, bytes, float], ...]:
     """Give the farthest pictures beside the nearest ones that the reference has."""
-    places = {name: i for i, name in enumerate(read.samples["sample_id"])}
     found = farthest(against.reference, features)
+    pixels = seen.pictures({stray.sample_id for stray in found} & {*seen.read.samples["sample_id"]})
     preprocessing = against.network.config.preprocessing
     known = against.memory.pixels([stray.nearest_id for stray in found], preprocessing)
     return tuple(
         (
             stray.sample_id,
-            thumbnail(read.pixels[places[stray.sample_id]]),
+            thumbnail(pixels[stray.sample_id]),
             stray.nearest_id,
             thumbnail(known[stray.nearest_id]) if stray.nearest_id in known else b"",
             stray.distance,
         )
         for stray in found
-        if stray.sample_id in places  # the others came with an earlier batch
+        if stray.sample_id in pixels  # the others came with an earlier batch
     )
 
 

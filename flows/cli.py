@@ -19,7 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from flows.check import Checked
-    from flows.registry import Registry
+    from flows.registry import Registry, Version
     from flows.settings import Settings
     from flows.watch import Plan, Watched
 
@@ -165,8 +165,9 @@ def ask(settings_file: Path, to: Path) -> None:
 
     registry = Registry(settings)
     plan = make_plan(registry, settings, datetime.now(UTC))
+    fresh = plan.decider.counted(alarm=True)
     requests = write_list(
-        registry, settings, plan.champion, plan.batches, plan.finished, plan.labels, plan.fresh, to
+        registry, settings, plan.champion, plan.batches, plan.finished, plan.labels, fresh, to
     )
     if not requests:
         console.print("nothing to label: no batch rang, or every sample of those has its label")
@@ -338,6 +339,76 @@ def prune(settings_file: Path, *, dry_run: bool) -> None:
 
 @main.command()
 @settings_option
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A TOML file with the settings to change; a list of values is a grid. Repeatable.",
+)
+@click.option(
+    "--since", help="Replay from then on, with the champion of then: an ISO date or time."
+)
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--floor", type=float, help="Count the days below this accuracy.")
+@click.option(
+    "--retrain-cost",
+    default=20.0,
+    show_default=True,
+    help="What a retraining costs, in wrong answers; for the regret.",
+)
+@click.option("--page", type=click.Path(path_type=Path), help="By default backtest/backtest.html.")
+@click.option("--emit", type=click.Path(path_type=Path), help="Write the chosen policy's settings.")
+@click.option("--choose", default="", help="The policy to emit; else the best on the frontier.")
+@click.option("--suggest", is_flag=True, help="Search thresholds for the cheapest above --floor.")
+@click.option("--trials", default=30, show_default=True, help="Policies that --suggest may try.")
+@click.option(
+    "--oracle-times",
+    default=8,
+    show_default=True,
+    help="Moments at most at which the oracle trains by itself.",
+)
+@click.option("--yes", is_flag=True, help="Replay a large grid without being told its cost first.")
+@told_plainly
+def backtest(
+    settings_file: Path,
+    policies: tuple[Path, ...],
+    since: str | None,
+    jobs: int,
+    floor: float | None,
+    retrain_cost: float,
+    page: Path | None,
+    emit: Path | None,
+    choose: str,
+    trials: int,
+    oracle_times: int,
+    *,
+    suggest: bool,
+    yes: bool,
+) -> None:
+    """Replay policies on the feed's own history: what would each have brought, and cost?"""
+    settings = _begin(settings_file, needs_prefect=False)
+    from flows.backtest import Asked, tell
+
+    asked = Asked(
+        policies=policies,
+        since=since,
+        jobs=jobs,
+        floor=floor,
+        cost=retrain_cost,
+        page=page,
+        emit=emit,
+        choose=choose,
+        suggest=suggest,
+        trials=trials,
+        oracle_times=oracle_times,
+        yes=yes,
+    )
+    tell(settings, asked, console)
+
+
+@main.command()
+@settings_option
 @told_plainly
 def status(settings_file: Path) -> None:
     """Show the versions, the newest checks, and what waits to be done."""
@@ -374,6 +445,8 @@ def status(settings_file: Path) -> None:
         f" {len(plan.fresh)} fresh labels"
     )
     console.print(describe(settings.policy), markup=False)
+    if words := _saved(registry):
+        console.print(words, markup=False, soft_wrap=True)
     if words := estimate_track(plan.finished).words:
         console.print(words, markup=False)
     for problem in plan.labels.problems:
@@ -451,7 +524,8 @@ def version_table(registry: Registry) -> Table:
     """Lay the versions out, oldest first."""
     champion = registry.alias("champion")
     table = Table(title=f"versions of {registry.name}", title_justify="left")
-    for column in ("version", "parent", "verdict", "champion since", "rolled back", "why"):
+    columns = ("version", "parent", "verdict", "cost", "champion since", "rolled back", "why")
+    for column in columns:
         table.add_column(column)
     for version in registry.versions():
         tags = version.tags
@@ -461,6 +535,7 @@ def version_table(registry: Registry) -> Table:
             f"{version.number}{mark}",
             str(version.parent or ""),
             version.verdict or "not judged",
+            _cost(registry, version),
             _moment(tags.get("promoted_at", "")),
             _moment(tags.get("rolled_back_at", "")) if version.rolled_back else "",
             tags.get("reason", "") if version.rolled_back else tags.get("cause", ""),
@@ -511,11 +586,39 @@ def _row(checked: Checked) -> list[str]:
     ]
 
 
+def _saved(registry: Registry) -> str:
+    """Say what was not spent because a change was not answered by a retraining."""
+    checks = registry.checks(None, "tags.`sustain.suppressed` != ''")
+    if not checks:
+        return ""
+    last = max(checks, key=lambda check: check.ended)
+    return (
+        f"{len(checks)} changes were not answered by a retraining; the last one"
+        f" ({last.key.batch_id}): {last.tags['sustain.suppressed']}, so"
+        f" {last.tags['sustain.saved']}"
+    )
+
+
 def _evidence(metrics: Mapping[str, float]) -> str:
     """Write the evidence of the stream, of what it takes to ring."""
     if "drift.stream" not in metrics:
         return ""
     return f"{metrics['drift.stream']:.1f} of {metrics['drift.stream_threshold']:.1f}"
+
+
+def _cost(registry: Registry, version: Version) -> str:
+    """Say what a version cost, for each point of accuracy that it regained."""
+    from flows.story import new_labels
+
+    spent, points = registry.cost(version), float(version.tags.get("gain", "0")) * 100
+    if spent is None or version.parent is None:
+        return ""
+    try:
+        labels = len(new_labels(registry, version)[0])
+    except RuntimeError:  # its files are gone
+        return spent.words
+    each = f", {labels / points:.1f} a point regained" if points > 0 else ""
+    return f"{spent.words}, {labels} labels{each}"
 
 
 def _moment(time: str) -> str:
@@ -539,13 +642,26 @@ def _idle(plan: Plan) -> str:
 
 def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     """Read the settings and prepare the environment, before Prefect or torch is imported."""
-    from flows.settings import export_to_environment, load_settings
+    from flows.settings import export_to_environment, load_settings, under_torchrun
 
     settings = load_settings(settings_file)
     export_to_environment(settings)
+    if under_torchrun():
+        _share(settings)
     if needs_prefect:
         _check_prefect(settings)
     return settings
+
+
+def _share(settings: Settings) -> None:
+    """Go on as the one process that does what the command says; let the others help it."""
+    from sft import processes
+
+    if processes.join():
+        click.get_current_context().call_on_close(processes.leave)
+    else:
+        processes.help_out(settings.allowed_factories)
+        sys.exit(0)
 
 
 def _begin_all(files: tuple[Path, ...], *, needs_prefect: bool = True) -> list[Settings]:

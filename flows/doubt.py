@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 
 from monitoring.gallery import Shown, gallery
+from sft.alignment import aligned_answers
 from sft.batchnorm import has_statistics, reestimate
 from sft.dataset import LabelledPictures, Role, role_of
 from sft.evaluate import collect
@@ -21,6 +23,7 @@ from sft.noise import (
     NoiseAction,
     NoiseSettings,
     judge_labels,
+    mixed_up_classes,
     not_judged,
 )
 from sft.pictures import thumbnail
@@ -30,6 +33,9 @@ from sft.tasks import SINGLE_LABEL
 FILE, PAGE = "suspicious_labels.csv", "suspicious_labels.html"
 MAX_SHOWN = 200
 """Pictures on the page: some half a megabyte."""
+STRETCH = 60
+"""Labels: so many of optical digits, every one the next class, are seen to be mixed up in .93 to
+1.00 of 40 deliveries, none of the clean ones."""
 ADAPTED_BY = 256
 """Pictures that batch-norm statistics are taken from: one pass."""
 
@@ -45,15 +51,20 @@ class Delivery:
             refused.
         verdict: on those: whether a person should look first.
         usable: those that may be learned from.
-        doubt: on the usable ones alone: held-out labels must not choose what is learned.
+        judge_usable: judges the usable ones alone: held-out labels must not choose what is learned.
         believed: the usable ones that are learned from, with how much each counts.
     """
 
     judged: LabelledPictures
     verdict: LabelVerdict
     usable: LabelledPictures
-    doubt: LabelVerdict
+    judge_usable: Callable[[], LabelVerdict]
     believed: LabelledPictures
+
+    @cached_property
+    def doubt(self) -> LabelVerdict:
+        """On the usable ones; only worked out where it is asked for."""
+        return self.judge_usable()
 
 
 def judge_delivery(
@@ -68,7 +79,8 @@ def judge_delivery(
 
     Only labels that name one class are judged; of other tasks nothing is suspicious. Labels of the
     batches that changed are judged by themselves too: among many labels of a known world, whose
-    pictures are the surest, wrong ones of a new world are not seen.
+    pictures are the surest, wrong ones of a new world are not seen. And each stretch of batches is
+    asked whether its classes are mixed up.
 
     Args:
         champion: whose embeddings and answers are used.
@@ -82,9 +94,9 @@ def judge_delivery(
     usable = [i for i, name in enumerate(ids) if role_of(name) is not Role.HOLDOUT]
     if champion.config.task != SINGLE_LABEL:
         words = f"the labels were not judged: a {champion.config.task.name} model has no one class"
-        nothing = (not_judged(np.zeros(len(rows), np.int64), words) for rows in (ids, usable))
+        nothing, none = (not_judged(np.zeros(len(rows), np.int64), words) for rows in (ids, usable))
         learned = labelled.take(usable)
-        return Delivery(labelled, next(nothing), learned, next(nothing), learned)
+        return Delivery(labelled, nothing, learned, lambda: none, learned)
     beside = old.take(np.random.default_rng(0).permutation(len(old))[:OLD_SAMPLES].tolist())
     embeddings, probabilities = see(champion, labelled.pixels)
     old_embeddings = see(champion, beside.pixels)[0] if len(beside) else None
@@ -99,14 +111,25 @@ def judge_delivery(
             old_embeddings=old_embeddings,
             old_labels=beside.labels.numpy() if len(beside) else None,
             adapted=adapted_answers(champion, labelled.take(rows).pixels),
+            aligned=None
+            if old_embeddings is None
+            else aligned_answers(champion, embeddings[rows], old_embeddings),
         )
 
-    doubt = judge(usable)
-    weights = torch.from_numpy(doubt.weights(settings)).float()
     believed = labelled.take(usable)
+    judge_usable = cache(partial(judge, usable))
     if settings.action is not NoiseAction.KEEP:
+        weights = torch.from_numpy(judge_usable().weights(settings)).float()
         believed = replace(believed, weights=weights).take(weights.nonzero().flatten().tolist())
     judged, verdict = labelled, judge(range(len(ids)))
+    known = old_embeddings if old_embeddings is not None else embeddings
+    for rows in stretches(ids):
+        answers = aligned_answers(champion, embeddings[rows], known)
+        given = labelled.labels.numpy()[rows]
+        if verdict.stop or answers is None or not mixed_up_classes(answers, given, classes):
+            continue
+        words = f"the {len(rows)} labels of {_batches(ids, rows)}: {(own := judge(rows)).words}"
+        judged, verdict = labelled.take(rows), replace(own, words=words)
     new = [i for i, name in enumerate(ids) if name.split("/", 1)[0] in changed]
     if 0 < len(new) < len(ids) and not verdict.stop and (own := judge(new)).stop:
         words = f"the {len(new)} labels of the batches that changed: {own.words}"
@@ -115,9 +138,28 @@ def judge_delivery(
         judged=judged,
         verdict=verdict,
         usable=labelled.take(usable),
-        doubt=doubt,
+        judge_usable=judge_usable,
         believed=believed,
     )
+
+
+def stretches(ids: Sequence[str]) -> list[list[int]]:
+    """Cut a delivery, in its order, into stretches of whole batches with STRETCH labels or more.
+
+    Each is likely of one world: among the labels of several, renamed classes of one are not seen.
+    """
+    of_batch: dict[str, list[int]] = {}
+    for row, name in enumerate(ids):
+        of_batch.setdefault(name.split("/", 1)[0], []).append(row)
+    found: list[list[int]] = []
+    for rows in of_batch.values():
+        if found and len(found[-1]) < STRETCH:
+            found[-1] += rows
+        else:
+            found.append(list(rows))
+    if len(found) > 1 and len(found[-1]) < STRETCH:
+        found[-2:] = [found[-2] + found[-1]]
+    return found
 
 
 def suspicious_files(
@@ -178,6 +220,11 @@ def adapted_answers(champion: Network, pixels: Pixels) -> Callable[[], Rows] | N
         return see(reestimate(champion, pixels[torch.from_numpy(some)]), pixels)[1]
 
     return answers
+
+
+def _batches(ids: Sequence[str], rows: Sequence[int]) -> str:
+    names = list(dict.fromkeys(ids[row].split("/", 1)[0] for row in rows))
+    return f"batch {names[0]}" if len(names) == 1 else f"batches {min(names)} to {max(names)}"
 
 
 def see(network: Network, pixels: Pixels) -> tuple[Rows, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import ceil
@@ -19,11 +19,15 @@ import pandas as pd
 from flows.batches import read_own_labels
 from flows.digest import digest
 from flows.feed import Batch
-from flows.labels import read_labels
+from flows.labels import LabelTable, read_labels
 from flows.settings import Settings
 from flows.storage import FeedError
 from sft.dataset import HOLDOUT_SHARE, Role, role_of
+from sft.gate import samples_for_power
 from sft.tasks import SINGLE_LABEL, LabelError, Task
+
+LOST_SHARE = 0.05
+"""Of a hold-out, that a challenger loses while it gains elsewhere, for planning."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,16 @@ class Labels:
         return self._by_batch.get(batch_id, {})
 
     @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Sample id and label of each."""
+        return list(
+            zip(self.table["sample_id"].tolist(), self.table["label"].tolist(), strict=True)
+        )
+
+    @cached_property
     def _by_batch(self) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}
-        for name, label in zip(self.table["sample_id"], self.table["label"], strict=True):
+        for name, label in self.pairs:
             found.setdefault(name.split("/", 1)[0], {})[name] = label
         return found
 
@@ -54,22 +65,31 @@ class FreshSet:
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
+    @cached_property
     def classes(self) -> int:
         """How many classes they cover."""
         return int(self.table["label"].nunique())
+
+    @cached_property
+    def held_out(self) -> int:
+        """How many of them no version ever trains on."""
+        return sum(role_of(name) is Role.HOLDOUT for name in self.table["sample_id"].tolist())
 
     def of(self, sample_ids: Iterable[str]) -> FreshSet:
         """Return the labels of these samples only."""
         kept = self.table["sample_id"].isin(list(sample_ids))
         return FreshSet(self.table[kept].reset_index(drop=True))
 
-    @property
+    def outside(self, batches: Collection[str]) -> FreshSet:
+        """Return the labels of samples of other batches than these."""
+        kept = [name.split("/", 1)[0] not in batches for name in self.table["sample_id"]]
+        return FreshSet(self.table[np.array(kept, dtype=bool)].reset_index(drop=True))
+
+    @cached_property
     def digest(self) -> str:
         """Digest of the set: the same labels give the same digest, whatever file they came in."""
-        rows = "\n".join(
-            json.dumps([row.sample_id, row.label]) for row in self.table.itertuples(index=False)
-        )
+        pairs = zip(self.table["sample_id"].tolist(), self.table["label"].tolist(), strict=True)
+        rows = "\n".join(json.dumps(pair) for pair in pairs)
         return hashlib.sha256(rows.encode()).hexdigest()
 
 
@@ -78,19 +98,28 @@ def gather_labels(
     batches: Sequence[Batch],
     classes: Sequence[str],
     task: Task = SINGLE_LABEL,
+    *,
+    late: LabelTable | None = None,
+    own: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Labels:
     """Gather the labels that came late and those that came with their batch.
 
     A late label corrects one that came with the batch. Labels for samples that the feed does not
     hold, of classes that nobody named, and what cannot be a label of the task are reported, never
     guessed. Each label is written as the task writes it ("b|a" as "a|b", "7.0" as "7").
+
+    `late` and `own` (by batch) are labels that were read before; a replay has them.
     """
-    late = read_labels(settings.feed, settings.root)
+    late = late or read_labels(settings.feed, settings.root)
     problems = list(late.problems)
     own_labels: dict[str, str] = {}
     for batch in batches:
         try:
-            own_labels |= read_own_labels(batch, settings.feed, settings.root)
+            own_labels |= (
+                read_own_labels(batch, settings.feed, settings.root)
+                if own is None
+                else own[batch.id]
+            )
         except FeedError as error:  # one batch that cannot be read must not silence the others
             problems.append(str(error))
     by_id = {batch.id: batch for batch in batches}
@@ -152,35 +181,53 @@ def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:
 
     `learned` lists newest versions first, so that a sample's last label counts.
     """
-    last = learned.drop_duplicates("sample_id", keep="first")
-    known = set(zip(last["sample_id"], last["label"], strict=True))
-    pairs = zip(labels.table["sample_id"], labels.table["label"], strict=True)
-    fresh = np.array([pair not in known for pair in pairs], dtype=bool)
+    oldest_first = zip(
+        learned["sample_id"].tolist()[::-1], learned["label"].tolist()[::-1], strict=True
+    )
+    last = dict(oldest_first)
+    fresh = np.array([last.get(name) != label for name, label in labels.pairs], dtype=bool)
     return FreshSet(labels.table[fresh].reset_index(drop=True))
 
 
 def held_out_labels(labels: Labels) -> dict[str, str]:
     """Return sample id to label for those that no version ever trains on."""
-    pairs = zip(labels.table["sample_id"], labels.table["label"], strict=True)
-    return {name: label for name, label in pairs if role_of(name) is Role.HOLDOUT}
+    return {name: label for name, label in labels.pairs if role_of(name) is Role.HOLDOUT}
 
 
-def labels_needed(fresh: FreshSet, settings: Settings) -> int:
-    """Say how many fresh labels a retraining takes.
+def labels_needed(
+    fresh: FreshSet, settings: Settings, counted: FreshSet | None = None, fall: float = 0.0
+) -> int:
+    """Say how many labels a retraining takes of those that count.
 
-    At least `min_labels`, and so many that the gate's `min_fresh` of them are held out (their roles
-    are fixed, so what is missing is estimated from the share): with fewer, the gate could only say
-    "inconclusive", after a training for nothing.
+    At least `min_labels`, and so many that the gate can decide: with fewer it could only say
+    "inconclusive", after a training for nothing. So `min_fresh` of all fresh ones are held out, and
+    of those that count `min_fresh` too, or as many as show that half of a known fall was regained.
+    Roles are fixed, so what is missing is estimated from their shares.
+
+    Args:
+        fresh: all fresh labels, which a challenger is judged on.
+        settings: of the model.
+        counted: those that count towards a retraining; all of them by default.
+        fall: what labels show accuracy to have fallen by; 0 where they show nothing.
     """
-    held_out = sum(role_of(name) is Role.HOLDOUT for name in fresh.table["sample_id"])
-    missing = max(0, settings.gate.min_fresh - held_out)
-    return max(settings.policy.min_labels, len(fresh) + ceil(missing / HOLDOUT_SHARE))
+    counted = fresh if counted is None else counted
+    gained = fall / 2
+    shown_by = settings.gate.min_fresh
+    if gained > 0:
+        enough = samples_for_power(gained, gained + LOST_SHARE, level=settings.gate.level(0))
+        shown_by = min(shown_by, enough)
+    missing = max(settings.gate.min_fresh - fresh.held_out, shown_by - counted.held_out, 0)
+    return max(settings.policy.min_labels, len(counted) + ceil(missing / HOLDOUT_SHARE))
 
 
 def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
     """Name a retraining: the same champion, labels and settings never make two versions."""
-    stated = {
-        "champion": champion,
+    return digest({"champion": champion, **stated(fresh, settings)})[:32]
+
+
+def stated(fresh: FreshSet, settings: Settings) -> dict[str, object]:
+    """List all that a retraining depends on, but the champion."""
+    return {
         "fresh": fresh.digest,
         "training": asdict(settings.training),
         "search": asdict(settings.search) if settings.search.enabled else None,
@@ -188,4 +235,3 @@ def retrain_key(champion: int, fresh: FreshSet, settings: Settings) -> str:
         "memory": settings.memory.carried,
         "classes": settings.model.classes,
     }
-    return digest(stated)[:32]

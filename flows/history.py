@@ -95,6 +95,8 @@ def unrecorded(registry: Registry, history: Sequence[Tenure]) -> str:
 
 def show_in_prefect(registry: Registry) -> None:
     """Write the history as an artifact of the flow run, the newest tenure first."""
+    if not registry.live:
+        return
     rows = []
     for tenure in reversed(read_history(registry)):
         number, *others = (cell.replace("|", "/") for cell in tenure.cells)

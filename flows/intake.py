@@ -1,10 +1,13 @@
 """Sorts the good samples of a batch from the bad ones, and judges whether enough are good."""
 
 import hashlib
+import json
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -13,12 +16,13 @@ from flows.storage import FeedError
 from flows.words import count, first_few, printable
 from monitoring.features import tidy
 from sft.pictures import BadPicture, Preprocessing, decode
-from sft.pixels import IN_MEMORY_BYTES, Pixels, PixelSink, take
+from sft.pixels import CHUNK, IN_MEMORY_BYTES, Pixels, PixelSink, map_pixels, take
 
 About: TypeAlias = dict[str, dict[str, Any]]
 """Sample id to what came with it: its `size` (width, height, channels), its `metadata`."""
 
 _OWN_COLUMNS = ("sample_id", "file_name", "label", "sha256")
+_SAMPLES, _PIXELS, _REST = "samples.parquet", "pixels", "rest.json"
 _CHANNELS = {"1": 1, "L": 1, "F": 1, "LA": 2, "RGBA": 4, "CMYK": 4}
 
 
@@ -55,6 +59,46 @@ class BatchData:
     def metadata(self) -> pd.DataFrame:
         """The user's own columns, n rows."""
         return tidy(self.samples.drop(columns=list(_OWN_COLUMNS)))
+
+    def of(self, sample_ids: AbstractSet[str]) -> "BatchData":
+        """Keep some of the samples; what was left out and noted stays."""
+        rows = np.flatnonzero(self.samples["sample_id"].isin(list(sample_ids)))
+        return replace(
+            self,
+            samples=self.samples.iloc[rows].reset_index(drop=True),
+            pixels=take(self.pixels, torch.from_numpy(rows)),
+            sizes=[self.sizes[i] for i in rows],
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write it, metadata as `tidy` gives it; pictures as they are, without compression."""
+        folder.mkdir(parents=True)
+        own = self.samples[list(_OWN_COLUMNS)]
+        pd.concat([own, self.metadata], axis=1).to_parquet(folder / _SAMPLES, index=False)
+        with (folder / _PIXELS).open("wb") as file:
+            for part in self.pixels.split(CHUNK):
+                file.write(part.numpy().tobytes())
+        rest = {
+            "shape": self.pixels.shape[1:],
+            "sizes": self.sizes,
+            "quarantined": [[one.sample_id, one.reason] for one in self.quarantined],
+            "notes": self.notes,
+        }
+        (folder / _REST).write_text(json.dumps(rest))
+
+    @classmethod
+    def load(cls, folder: Path, batch: Batch) -> "BatchData":
+        """Read what `save` wrote of a batch; pictures stay in the file until they are used."""
+        rest = json.loads((folder / _REST).read_text())
+        samples = pd.read_parquet(folder / _SAMPLES)
+        return cls(
+            batch=batch,
+            samples=samples,
+            pixels=map_pixels(folder / _PIXELS, len(samples), rest["shape"]),
+            sizes=[(width, height, channels) for width, height, channels in rest["sizes"]],
+            quarantined=tuple(Quarantined(*one) for one in rest["quarantined"]),
+            notes=tuple(rest["notes"]),
+        )
 
     @property
     def about(self) -> About:
@@ -115,6 +159,7 @@ class Intake:
         self._settings = settings
         self._preprocessing = preprocessing
         self._only = only
+        self._in_memory_bytes = in_memory_bytes
         size = preprocessing.image_size
         self._pixels = PixelSink((preprocessing.channels, size, size), in_memory_bytes)
         self._kept: dict[str, _Kept] = {}
@@ -163,6 +208,40 @@ class Intake:
             self._kept[sample.name] = _Kept(sample, size, len(self._pixels))
             self._pixels.add(picture.pixels)
 
+    def beside(self, in_memory_bytes: int | None = None) -> "Intake":
+        """Give one that takes another part of the same batch."""
+        bound = self._in_memory_bytes if in_memory_bytes is None else in_memory_bytes
+        return Intake(self.batch, self._settings, self._preprocessing, self._only, bound)
+
+    def settle(self) -> tuple[list[str], list[tuple[int, int, int]], Pixels]:
+        """Hand the pictures over, with the names and the sizes of the kept ones among them.
+
+        Nothing can be taken after it, and what is left is small enough to be sent elsewhere.
+        """
+        kept, pixels = self._kept, self._pixels.finish()
+        self._pixels = PixelSink(pixels.shape[1:])
+        return list(kept), [one.size for one in kept.values()], pixels
+
+    def add(self, other: "Intake") -> None:
+        """Take what another one took of a later part, as if it had come here; but not its pictures.
+
+        What both have is told as it is within one.
+        """
+        digests, kept = other._digests, other._kept  # noqa: SLF001 - of the same class
+        for name, digest in digests.items():
+            if self._digests.setdefault(name, digest) != digest:
+                self._clashing[name] = None
+            elif name in kept and name in self._kept:
+                self.repeat(name)
+                agreed = self.agree(self._kept[name].sample, kept[name].sample.label)
+                self._kept[name] = replace(self._kept[name], sample=agreed)
+            elif name in kept:
+                self._kept[name] = kept[name]
+        self.notes += other.notes
+        self.shard_bytes += other.shard_bytes
+        for known in ("_bad", "_lost_shards", "_repeated", "_clashing", "_disputed"):
+            getattr(self, known).update(getattr(other, known))
+
     def too_large(self, size: int) -> str | None:
         """Say why an encoded picture of so many bytes is not taken."""
         limit = self._settings.max_bytes
@@ -185,7 +264,7 @@ class Intake:
         self._repeated[name] = None
 
     def finish(self) -> BatchData:
-        """Return what was taken.
+        """Return what was taken; after `settle` or `add`, without pictures.
 
         Raises:
             BatchNotReady: it holds nothing, or fewer than `min_samples` usable pictures.
@@ -201,7 +280,7 @@ class Intake:
         kept = list(self._kept.values())
         samples = self._frame([one.sample for one in kept])
         pixels, places = self._pixels.finish(), [one.place for one in kept]
-        if places != list(range(len(pixels))):
+        if len(pixels) and places != list(range(len(pixels))):
             pixels = take(pixels, torch.tensor(places, dtype=torch.int64))
         return BatchData(
             batch=self.batch,

@@ -1,8 +1,10 @@
 """Late labels: every file of them, and which label of a sample is in force."""
 
+from __future__ import annotations
+
 import posixpath
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
@@ -41,18 +43,56 @@ class LabelTable:
     problems: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class LabelFiles:
+    """Every file of labels as it was read, in the order in which they correct one another."""
+
+    files: tuple[tuple[str, _Rows], ...]
+    problems: tuple[str, ...] = ()
+
+    def settled(self) -> LabelTable:
+        """Settle which label of a sample is in force."""
+        settled = _settle(list(self.files))
+        return replace(settled, problems=(*self.problems, *settled.problems))
+
+    @property
+    def times(self) -> set[datetime]:
+        """When labels came: at their `labelled_at`, else when their file was last written."""
+        return {
+            rows.time_of(answer)
+            for _, rows in self.files
+            for answers in rows.answers.values()
+            for answer in answers
+        }
+
+    def until(self, moment: datetime) -> LabelFiles:
+        """Keep the labels that had come by then; nothing of the later ones is left."""
+        kept = ((shown, rows.until(moment)) for shown, rows in self.files)
+        return LabelFiles(tuple((shown, rows) for shown, rows in kept if rows is not None))
+
+
 def read_labels(settings: FeedSettings, root: Path) -> LabelTable:
     """Read every CSV and Parquet file of the labels folder, and settle which label is in force.
 
-    A later file (by name) corrects an earlier one; between two labels that both have `labelled_at`
-    the newer one counts, wherever it stands. Whatever cannot be used is told in `problems`.
+    A file that was written later corrects an earlier one (of the same time, by name); between two
+    labels that both have `labelled_at` the newer one counts, wherever it stands. Whatever cannot be
+    used is told in `problems`.
+
+    Raises:
+        FeedError: the storage failed.
+    """
+    return read_all(settings, root).settled()
+
+
+def read_all(settings: FeedSettings, root: Path) -> LabelFiles:
+    """Read every file of the labels folder, and settle nothing.
 
     Raises:
         FeedError: the storage failed.
     """
     place = open_place(settings.labels, settings.storage_options, root)
     if problem := missing_folder(place):
-        return LabelTable(_frame([]), (f"the labels folder {problem}: no labels yet",))
+        return LabelFiles((), (f"the labels folder {problem}: no labels yet",))
     unusable: list[str] = []
     files: list[tuple[str, _Rows]] = []
     for name, entry in visible(walk(place)).items():
@@ -63,8 +103,8 @@ def read_labels(settings: FeedSettings, root: Path) -> LabelTable:
             files.append((shown, _read_rows(place, name, entry)))
         except Refused as refused:
             unusable.append(f"{shown}: {refused}; the file was passed over")
-    settled = _settle(files)
-    return replace(settled, problems=(*unusable, *settled.problems))
+    files.sort(key=lambda file: file[1].modified or datetime.min.replace(tzinfo=UTC))
+    return LabelFiles(tuple(files), tuple(unusable))
 
 
 def read_label_file(url: str, root: Path, settings: FeedSettings | None = None) -> LabelTable:
@@ -96,6 +136,22 @@ _Answer: TypeAlias = tuple[str, pd.Timestamp | None]  # a label, and when it was
 class _Rows:
     answers: dict[str, list[_Answer]]
     problems: list[str]
+    modified: datetime | None = None
+
+    def time_of(self, answer: _Answer) -> datetime:
+        """Tell when an answer came: when it was given, else when its file was last written."""
+        given = answer[1]
+        known = self.modified if given is None else given.to_pydatetime()
+        return known or datetime.max.replace(tzinfo=UTC)
+
+    def until(self, moment: datetime) -> _Rows | None:
+        """Keep what had come by then; None when nothing had."""
+        kept = {
+            sample_id: came
+            for sample_id, answers in self.answers.items()
+            if (came := [answer for answer in answers if self.time_of(answer) <= moment])
+        }
+        return replace(self, answers=kept, problems=[]) if kept else None
 
 
 def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
@@ -131,7 +187,7 @@ def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
     problems += tell_rows(timeless, noun, "has", no_time)
     in_future = "a labelled_at in the future (whose clock is wrong?); it counts as missing"
     problems += tell_rows([table.rows[i][0] for i in ahead], noun, "has", in_future)
-    return _Rows(answers, problems)
+    return _Rows(answers, problems, entry.modified)
 
 
 def _read_times(

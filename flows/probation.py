@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-from flows.batches import read_batch
 from flows.check import representative
 from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import TooManyBad
+from flows.kept import ANSWERED
 from flows.package import see
 from flows.registry import CheckRecord, Registry, RegistryError, Version
-from flows.settings import Settings
+from monitoring.features import FeatureTable
 from monitoring.probation import Comparison, Pairs, compare_pairs, count_pairs
 from sft.tasks import rightly
 
@@ -36,7 +36,6 @@ def version_before(registry: Registry, champion: Version) -> Version | None:
 
 def answer_with_before(
     registry: Registry,
-    settings: Settings,
     champion: Version,
     before: Version,
     batch: Batch,
@@ -61,21 +60,25 @@ def answer_with_before(
         return  # what is gone cannot be compared; nothing comes back by itself then
     counted = representative(features.sample_ids, told) if asked else set(told)
     wanted = counted.intersection(features.sample_ids) - learned
+
+    def answer() -> FeatureTable | None:
+        read = registry.read(batch, network.config.preprocessing, only=wanted)
+        ids = list(read.samples["sample_id"])
+        return see(network, ids, read.pixels) if ids else None
+
     try:
-        read = read_batch(
-            batch, settings.feed, settings.root, network.config.preprocessing, only=wanted
-        )
+        key = (before.tags["digest"], batch.id, batch.digest, sorted(wanted))
+        seen = registry.once(ANSWERED, key, answer)
     except (BatchNotReady, TooManyBad):
         return  # the batch has gone; the counts that are there stay
-    names = list(read.samples["sample_id"])
-    if not names:
+    if seen is None:
         registry.log(record.run_id, metrics={"before.n": 0.0})
         return
     ours, theirs = registry.config(champion), network.config
+    names = seen.sample_ids
     texts = [told[name] for name in names]
     place = {name: i for i, name in enumerate(features.sample_ids)}
     answered = features.probabilities[[place[name] for name in names]]
-    seen = see(network, names, read.pixels)
     now = rightly(ours.task, answered, texts, ours.classes).tolist()
     then = rightly(theirs.task, seen.probabilities, texts, theirs.classes).tolist()
     pairs = count_pairs(before.number, now, then)

@@ -34,7 +34,12 @@ class _Bar:
     """One bar that goes when its work is done."""
 
     def __init__(
-        self, words: str, total: int, *columns: ProgressColumn, console: Console | None
+        self,
+        words: str,
+        total: int,
+        *columns: ProgressColumn,
+        console: Console | None,
+        shown: bool = True,
     ) -> None:
         self._pictures = 0
         self._progress = Progress(
@@ -45,6 +50,7 @@ class _Bar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not shown,
         )
         self._task = self._progress.add_task(words, total=total, pictures=0, words="")
 
@@ -94,8 +100,9 @@ class TrainingBar(_Bar):
 class CheckBar(_Bar):
     """Shows checks: batches that are done, and pictures per second."""
 
-    def __init__(self, batches: int, console: Console | None = None) -> None:
-        super().__init__("checking", batches, MofNCompleteColumn(), console=console)
+    def __init__(self, batches: int, console: Console | None = None, *, shown: bool = True) -> None:
+        column = MofNCompleteColumn()
+        super().__init__("checking", batches, column, console=console, shown=shown)
 
     def on_check(self, pictures: int) -> None:
         """Count a batch."""

@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from prefect import flow
 
-from flows.feed import list_batches
-from flows.fresh import gather_labels, held_out_labels
+from flows.fresh import held_out_labels
 from flows.history import show_in_prefect
+from flows.kept import as_json
 from flows.logs import log
 from flows.registry import (
     CHALLENGER,
@@ -45,6 +44,18 @@ COMPARED, TIMED = 64, 8
 """Pictures whose answers are compared with those before registering; and that are timed."""
 MAX_TAG = 4000
 """Characters: MLflow takes 5,000 in a version's tag."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict, how many fresh samples it rests on, and the gain of accuracy on these."""
+
+    verdict: Verdict
+    fresh: int
+    gain: float
+
+
+JUDGED = as_json("judged", Judged)
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,21 @@ def promote(
     Raises:
         RegistryError: no such version, no challenger, or files that do not load.
     """
-    settings = load_settings(Path(settings_path))
-    registry = Registry(settings)
-    now = datetime.now(UTC)
+    return promote_on(
+        Registry(load_settings(Path(settings_path))), version, why, who, approved=approved
+    )
+
+
+def promote_on(
+    registry: Registry,
+    version: int | None = None,
+    why: str | None = None,
+    who: str = "",
+    *,
+    approved: bool = True,
+) -> Promoted:
+    """Do what `promote` does, on a record."""
+    settings, now = registry.settings, registry.now()
     if registry.observe_moves(now) is not None:
         show_in_prefect(registry)
     champion = registry.champion()
@@ -106,7 +129,7 @@ def promote(
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")
-    late = late_labels(registry, settings, candidate)
+    late = late_labels(registry, candidate)
     judged_now = (
         candidate.verdict is None
         or candidate.verdict_against != champion.number
@@ -138,7 +161,7 @@ def promote(
             instead_of=champion.number,
         )
     except ChampionMovedError:  # while the two were judged: judge again
-        return promote(settings_path, version=number, why=why, who=who, approved=approved)
+        return promote_on(registry, number, why, who, approved=approved)
     show_in_prefect(registry)
     log(settings, "promoted", version=number, before=champion.number, who=who, reason=why or reason)
     return Promoted(number, champion.number, True, outcome, why or reason)
@@ -173,6 +196,25 @@ def judge_version(
     late: Mapping[str, str],
 ) -> Version:
     """Let both answer the same held-out samples, judge, and write the verdict on the version."""
+    before = _judged_before(registry, settings, candidate, champion)
+    stated = (asdict(settings.gate), settings.checks.slices, before, sorted(late.items()))
+    judged = registry.once(
+        JUDGED,
+        (candidate.tags["digest"], champion.tags["digest"], *stated),
+        lambda: _judge(registry, settings, candidate, champion, late, before),
+    )
+    _record(registry, candidate, champion, judged)
+    return registry.version(candidate.number)
+
+
+def _judge(
+    registry: Registry,
+    settings: Settings,
+    candidate: Version,
+    champion: Version,
+    late: Mapping[str, str],
+    judged_before: int,
+) -> Judged:
     ours, theirs = registry.network(candidate), registry.network(champion)
     # by name, since two versions may order their classes differently, or know others
     classes = tuple(dict.fromkeys((*ours.config.classes, *theirs.config.classes)))
@@ -191,13 +233,16 @@ def judge_version(
         pairs["old"],
         settings.gate,
         classes=classes,
-        judged_before=_judged_before(registry, settings, candidate, champion),
-        serving=_serving(registry, candidate, ours, theirs),
+        judged_before=judged_before,
+        # in a replay nothing is timed, and nothing was registered that could come back otherwise
+        serving=_serving(registry, candidate, ours, theirs) if registry.live else None,
     )
-    _log_scores(registry, candidate, champion, pairs, classes)
-    _log_charts(registry, candidate, champion, pairs, fresh, classes)
-    _record(registry, candidate, champion, verdict, len(fresh))
-    return registry.version(candidate.number)
+    if registry.live:
+        _log_scores(registry, candidate, champion, pairs, classes)
+        _log_charts(registry, candidate, champion, pairs, fresh, classes)
+    new = pairs["fresh"]
+    gain = new.challenger.accuracy - new.champion.accuracy if len(new) else 0.0
+    return Judged(verdict, len(fresh), gain)
 
 
 def _serving(registry: Registry, candidate: Version, ours: Network, theirs: Network) -> Serving:
@@ -261,13 +306,12 @@ def holdouts(
     return fresh, join([old, rest])
 
 
-def late_labels(registry: Registry, settings: Settings, candidate: Version) -> dict[str, str]:
+def late_labels(registry: Registry, candidate: Version) -> dict[str, str]:
     """Gather what labels tell by now about the held-out pictures of a version made without any."""
     if not candidate.adapted:
         return {}
-    batches = list_batches(settings.feed, settings.root)
-    config = registry.config(candidate)
-    return held_out_labels(gather_labels(settings, batches, config.classes, config.task))
+    batches, config = registry.view.batches(), registry.config(candidate)
+    return held_out_labels(registry.view.labels(batches, config.classes, config.task))
 
 
 def labels_came(
@@ -364,25 +408,27 @@ def _judged_before(
     )
 
 
-def _record(
-    registry: Registry, candidate: Version, champion: Version, verdict: Verdict, fresh: int
-) -> None:
+def _record(registry: Registry, candidate: Version, champion: Version, judged: Judged) -> None:
     """Write the verdict on the version; the tag `verdict` comes last and makes it count."""
+    verdict = judged.verdict
     registry.log_text(
         candidate.run_id,
         json.dumps(asdict(verdict), indent=2),
         f"verdict-against-{champion.number}.json",
     )
-    registry.describe(candidate, story(registry, candidate, verdict, champion))
+    if registry.live:
+        told = story(registry, candidate, verdict, champion, judged.gain)
+        registry.describe(candidate, told)
     before = [one for one in candidate.tags.get("judged_against", "").split(",") if one]
     registry.tag(
         candidate,
         judged_against=",".join(dict.fromkeys([*before, str(champion.number)])),
         **(
-            {"verdict_fresh": str(fresh), "verdict_missing": str(verdict.missing)}
+            {"verdict_fresh": str(judged.fresh), "verdict_missing": str(verdict.missing)}
             if candidate.adapted  # what it takes to judge it again
             else {}
         ),
+        gain=f"{judged.gain:.4f}",
         verdict_reason=verdict.reason,
         verdict_against=str(champion.number),
         verdict=verdict.outcome.value,

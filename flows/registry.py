@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -28,15 +30,22 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from flows import package
+from flows.batches import read_batch
+from flows.feed import Batch
+from flows.intake import BatchData
+from flows.kept import Step, T
+from flows.meter import Cost
 from flows.package import Package
 from flows.servers import unreachable
 from flows.settings import Settings, shown_uri
+from flows.view import Present, View
 from flows.words import slug
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference
 from sft import models
 from sft.memory import Memory
 from sft.models import Network
+from sft.pictures import Preprocessing
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ROLLBACK = "rollback"
@@ -58,6 +67,10 @@ NOT_OURS = "model/registered_model_meta"
 
 class RegistryError(RuntimeError):
     """The record does not allow what was asked; the message names the thing and the way out."""
+
+
+class ArtifactError(RuntimeError):
+    """A file of MLflow's that is there cannot be had now; the same again may work."""
 
 
 class ChampionMovedError(RegistryError):
@@ -169,7 +182,13 @@ class Registry:
     """One model's versions, checks and aliases.
 
     Raises RegistryError from the constructor when MLflow does not answer within seconds.
+
+    Attributes:
+        live: false in a replay (`flows.replay`): nothing is drawn, told or shown there, and no flow
+            is started.
     """
+
+    live = True
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -199,6 +218,55 @@ class Registry:
         folder = Path(tempfile.mkdtemp(prefix="sustain-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return folder
+
+    # ---- the present, which is another one in a replay
+
+    def now(self) -> datetime:
+        """Return the time."""
+        return datetime.now(UTC)
+
+    @property
+    def view(self) -> View:
+        """Show what there is in the feed."""
+        return Present(self.settings)
+
+    def read(
+        self, batch: Batch, preprocessing: Preprocessing, only: AbstractSet[str] | None = None
+    ) -> BatchData:
+        """Read a batch, or some of its samples; raises as `flows.batches.read_batch`."""
+        settings = self.settings
+        return read_batch(
+            batch,
+            settings.feed,
+            settings.root,
+            preprocessing,
+            only=only,
+            in_memory_bytes=settings.memory.in_memory_bytes,
+        )
+
+    def once(self, step: Step[T], key: Sequence[object], make: Callable[[], T]) -> T:
+        """Take a step; a replay takes it once for all policies.
+
+        Args:
+            step: what it is.
+            key: all that its result follows from.
+            make: takes it.
+        """
+        del step, key
+        return make()
+
+    def made(
+        self, key: Sequence[object], make: Callable[[], Version], tags: Mapping[str, str]
+    ) -> Version:
+        """Make a version; a replay makes it once for all policies.
+
+        Args:
+            key: all that its content follows from.
+            make: makes and registers it.
+            tags: what else it is registered with.
+        """
+        del key, tags
+        return make()
 
     # ---- versions
 
@@ -648,6 +716,14 @@ class Registry:
             return None
         return None if info.end_time is None else (info.end_time - info.start_time) / 1000
 
+    def cost(self, version: Version) -> Cost | None:
+        """Return what the fine-tuning of a version cost; None when it is not on record."""
+        try:
+            metrics = self.client.get_run(version.run_id).data.metrics
+        except MlflowException:
+            return None
+        return Cost.read(metrics)
+
     def finish_training(self, version: Version) -> None:
         """Close the run of a version whose maker was killed right after registering it."""
         if self.client.get_run(version.run_id).info.status != "FINISHED":
@@ -684,18 +760,61 @@ class Registry:
         self.client.set_terminated(run_id, status="FAILED" if failed else "FINISHED")
 
     def features(self, check: CheckRecord) -> FeatureTable:
-        """Load the feature table that a check kept; RegistryError when it is gone or damaged."""
-        name, target = "features.parquet", str(self._folder)
+        """Load the feature table that a check kept.
+
+        Raises:
+            RegistryError: it is gone or damaged.
+            ArtifactError: it cannot be had now.
+        """
+        failed = f"the features of the check of {check.key.batch_id} cannot be read"
+        path = self._fetch(check.run_id, "features.parquet", self._folder, failed)
         try:
-            path = Path(self.client.download_artifacts(check.run_id, name, target))
-            try:
-                return FeatureTable.load(path)
-            finally:
-                path.unlink(missing_ok=True)
-        except (MlflowException, OSError, ValueError, KeyError) as error:
-            raise RegistryError(
-                f"the features of the check of {check.key.batch_id} cannot be read: {error}"
-            ) from error
+            return FeatureTable.load(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise RegistryError(f"{failed}: {error}") from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def log_features(self, run_id: str, features: FeatureTable) -> None:
+        """Store the feature table of a check."""
+        with tempfile.TemporaryDirectory(prefix="sustain-") as name:
+            path = Path(name) / "features.parquet"
+            features.save(path)
+            self.log_file(run_id, path)
+
+    def log_replay(
+        self,
+        name: str,
+        metrics: Mapping[str, float],
+        curve: Sequence[float],
+        tags: Mapping[str, str],
+        page: Path | None = None,
+    ) -> str:
+        """Put a replayed policy on record, in an experiment of its own; return the run.
+
+        Args:
+            name: of the policy.
+            metrics: its figures.
+            curve: accuracy on each batch, NaN where nobody knows it.
+            tags: what else is told.
+            page: a file to keep beside it.
+        """
+        experiment = self._experiment("/backtest")
+        run = self.client.create_run(
+            experiment,
+            run_name=name,
+            tags={"sustain.kind": "replay", "sustain.model": self.name, **tags},
+        )
+        run_id = str(run.info.run_id)
+        self.log(run_id, metrics=metrics)
+        at = int(datetime.now(UTC).timestamp() * 1000)
+        points = [Metric("accuracy.served", v, at, i) for i, v in enumerate(curve) if v == v]  # noqa: PLR0124 - NaN
+        for start in range(0, len(points), 1000):  # as many as one call takes
+            self.client.log_batch(run_id, metrics=points[start : start + 1000])
+        if page is not None:
+            self.log_file(run_id, page)
+        self.end_run(run_id)
+        return run_id
 
     def run_url(self, run_id: str, *, artifact: str = "") -> str:
         """Return the address of a run in MLflow's UI."""
@@ -750,15 +869,29 @@ class Registry:
         return self._fetched_files[version.run_id, path]
 
     def _download(self, version: Version, path: str, target: Path) -> Path:
-        try:
-            return Path(self.client.download_artifacts(version.run_id, path, str(target)))
-        except (MlflowException, OSError) as error:
-            raise RegistryError(
-                f"the files of version {version.number} cannot be fetched: {error}"
-            ) from error
+        failed = f"the files of version {version.number} cannot be fetched"
+        return self._fetch(version.run_id, path, target, failed)
 
-    def _experiment(self) -> str:
-        name = f"sustain/{self.name}"
+    def _fetch(self, run_id: str, path: str, target: Path, failed: str) -> Path:
+        """Fetch a file or folder of a run.
+
+        Raises:
+            RegistryError: the run keeps no such thing, or no longer.
+            ArtifactError: it cannot be had now, since the storage is away or this disk is full.
+        """
+        try:
+            return Path(self.client.download_artifacts(run_id, path, str(target)))
+        except (MlflowException, OSError) as error:
+            folder = posixpath.dirname(path) or None
+            if any(there.path == path for there in self.client.list_artifacts(run_id, folder)):
+                raise ArtifactError(
+                    f"{failed} now: {error}. Run the same command again when the storage answers"
+                    " and this disk has room"
+                ) from error
+            raise RegistryError(f"{failed}: {error}") from error
+
+    def _experiment(self, below: str = "") -> str:
+        name = f"sustain/{self.name}{below}"
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             if found.lifecycle_stage != "active":
@@ -766,7 +899,7 @@ class Registry:
             return str(found.experiment_id)
         location = None
         if not self.uri.startswith("http"):  # else MLflow would write below the working directory
-            location = self.settings.artifacts_uri
+            location = self.settings.artifacts_uri.rstrip("/") + below
         try:
             return str(self.client.create_experiment(name, artifact_location=location))
         except MlflowException:

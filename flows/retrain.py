@@ -7,7 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -15,22 +15,23 @@ import pandas as pd
 import torch
 from prefect import flow
 
-from flows.batches import read_batch
 from flows.doubt import PAGE, Delivery, judge_delivery, suspicious_files
-from flows.feed import Batch, list_batches
-from flows.fresh import FreshSet, fresh_set, gather_labels, labels_needed, retrain_key
+from flows.feed import Batch
+from flows.fresh import FreshSet, fresh_set, labels_needed, retrain_key, stated
 from flows.intake import About
+from flows.kept import Step
 from flows.logs import log
+from flows.meter import Meter
 from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.progress import TrainingBar
-from flows.promote import promote
+from flows.promote import promote, promote_on
 from flows.registry import CHALLENGER, Registry, Version
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.shadow import SHADOW, batches_left
 from flows.storage import FeedError
 from monitoring.words import count
-from sft import after
+from sft import models, processes
 from sft.averaging import members_of
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
@@ -102,32 +103,54 @@ def retrain(
     Raises:
         RetrainError: too few fresh labels, or of too few classes.
     """
-    settings = load_settings(Path(settings_path))
-    registry = Registry(settings)
-    registry.observe_moves(datetime.now(UTC))
+    return retrain_on(Registry(load_settings(Path(settings_path))), cause, check, key)
+
+
+def retrain_on(registry: Registry, cause: str, check: str = "", key: str = "") -> Retrained:
+    """Do what `retrain` does, on a record."""
+    registry.observe_moves(registry.now())
     champion = registry.champion()
     if key and check and (against := registry.check_record(check).key.champion) != champion.number:
         reason = f"nothing is due any more: the check was of version {against}"
         return Retrained(champion.number, False, SERVES, reason, made_now=False)
-    batches = list_batches(settings.feed, settings.root)
+    version, made_now = train_on(registry, champion, cause, check)
+    return challenge(registry, version, made_now=made_now)
+
+
+def train_on(
+    registry: Registry, champion: Version, cause: str, check: str = ""
+) -> tuple[Version, bool]:
+    """Make a challenger, unless it was made before; return it, and whether it was made now.
+
+    Raises:
+        RetrainError: too few fresh labels, or of too few classes.
+    """
+    settings = registry.settings
+    batches = registry.view.batches()
     config = registry.config(champion)
     refuse_contradiction(settings, config)
-    labels = gather_labels(settings, batches, config.classes, config.task)
+    labels = registry.view.labels(batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     key = retrain_key(champion.number, fresh, settings)
     version = registry.find_version(key)
     made_now = version is None
     if version is None:
         require_enough(fresh, settings)
-        version = make_challenger(registry, settings, champion, batches, fresh, key, cause, check)
+        learns = (champion.tags["digest"], stated(fresh, settings))
+        rang = sorted(that_rang(registry, champion, batches))
+        version = registry.made(
+            (*learns, settings.checks.max_regimes, rang),
+            lambda: make_challenger(
+                registry, settings, champion, batches, fresh, key, cause, check
+            ),
+            {"retrain_key": key, **_origin(champion, cause, check)},
+        )
     else:
         registry.finish_training(version)
-    return challenge(registry, version, settings_path, made_now=made_now)
+    return version, made_now
 
 
-def challenge(
-    registry: Registry, version: Version, settings_path: str, *, made_now: bool
-) -> Retrained:
+def challenge(registry: Registry, version: Version, *, made_now: bool) -> Retrained:
     """Give a version the alias of the challenger, and let it be judged."""
     if registry.alias(CHALLENGER) != version.number and not version.rolled_back:
         registry.set_alias(CHALLENGER, version)
@@ -135,8 +158,12 @@ def challenge(
         batches = count(left, "more batch", "more batches")
         words = f"it answers {batches} beside the champion before it is judged"
         return Retrained(version.number, False, SHADOW, words, made_now=made_now)
-    result = promote(settings_path, version=version.number, approved=False)
-    tell(registry, registry.settings, datetime.now(UTC))
+    if registry.live:
+        path = str(registry.settings.path)
+        result = promote(path, version=version.number, approved=False)
+        tell(registry, registry.settings, registry.now())
+    else:
+        result = promote_on(registry, version.number, approved=False)
     log(
         registry.settings,
         "challenger.judged",
@@ -217,11 +244,28 @@ def make_challenger(
         params={**asdict(training), "parent": champion.number, "fresh": dict(counts)},
     )
     old_validation = kept.labelled(Role.VALIDATION, classes, network.config.preprocessing, task)
-    tuned = tune(
-        network, champion_network, delivery.believed, old, old_validation, settings, training
-    )
-    log_training(registry, run_id, tuned)
-    files = suspicious_files(delivery.usable, delivery.doubt, classes)
+
+    def fine_tune() -> Network:
+        with Meter(energy=registry.live) as meter:
+            tuned = tune(
+                network,
+                champion_network,
+                delivery.believed,
+                old,
+                old_validation,
+                settings,
+                training,
+            )
+        registry.log(run_id, metrics=meter.cost.metrics)
+        if registry.live:
+            log_training(registry, run_id, tuned)
+        return tuned.network
+
+    load = partial(models.load, allowed_factories=settings.allowed_factories)
+    learns = (champion.tags["digest"], stated(fresh, settings))
+    tuned = registry.once(Step("tuned", models.save, load), learns, fine_tune)
+    # nobody looks at those of a replay
+    files = suspicious_files(delivery.usable, delivery.doubt, classes) if registry.live else {}
     for name, text in files.items():
         registry.log_text(run_id, text, name)
     doubts = delivery.verdict.words + (f"; {PAGE} shows those to learn from" if files else "")
@@ -249,9 +293,9 @@ def make_challenger(
     used = pd.concat([before, learned])
     trained = frozenset(used[used["role"] != Role.HOLDOUT.value]["sample_id"])
     made = Package(
-        network=tuned.network,
+        network=tuned,
         reference=build_reference(
-            tuned.network, carried, max_regimes=settings.checks.max_regimes, learned=trained
+            tuned, carried, max_regimes=settings.checks.max_regimes, learned=trained
         ),
         memory=carried,
         learned=learned,
@@ -264,8 +308,7 @@ def make_challenger(
             code_version=installed_version("sustain"),
         ),
     )
-    tags = {"parent": str(champion.number), "cause": cause, "labels": doubts}
-    tags |= {"cause_check": check} if check else {}
+    tags = {**_origin(champion, cause, check), "labels": doubts}
     version = registry.register(made, key=key, run_id=run_id, tags=tags)
     registry.end_run(run_id)
     return version
@@ -289,6 +332,11 @@ def _refused(
         registry.end_run(run_id, failed=True)
         words += f"; {PAGE} on the run {run!r} in MLflow shows them"
     return LabelsRefusedError(words, files)
+
+
+def _origin(champion: Version, cause: str, check: str) -> dict[str, str]:
+    tags = {"parent": str(champion.number), "cause": cause}
+    return tags | ({"cause_check": check} if check else {})
 
 
 def that_rang(registry: Registry, champion: Version, batches: Sequence[Batch]) -> set[str]:
@@ -324,14 +372,7 @@ def read_window(
             continue
         only = None if whole else wanted[batch.id]
         try:
-            read = read_batch(
-                batch,
-                settings.feed,
-                settings.root,
-                network.config.preprocessing,
-                only=only,
-                in_memory_bytes=settings.memory.in_memory_bytes,
-            )
+            read = registry.read(batch, network.config.preprocessing, only)
         except FeedError as error:
             if batch.id not in wanted:
                 continue  # it would only have added to the reference
@@ -399,7 +440,7 @@ def tune(
     train = labelled.with_role(Role.TRAIN)
     bar = TrainingBar("fine-tuning", len(train), training.epochs * training.runs)
     with bar:
-        return after.tune(
+        return processes.tune(
             network,
             train,
             training,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -51,7 +50,16 @@ def rollback(
     """
     settings = load_settings(Path(settings_path))
     registry = Registry(settings)
-    now = datetime.now(UTC)
+    done = roll_back(registry, to, why, who)
+    tell(registry, settings, registry.now())
+    return done
+
+
+def roll_back(
+    registry: Registry, to: int | None = None, why: str = "no reason given", who: str = ""
+) -> RolledBack:
+    """Do what `rollback` does, on a record."""
+    settings, now = registry.settings, registry.now()
     move = registry.observe_moves(now)
     if to is None and move is not None and move.by == ROLLBACK:
         # this command was killed after the alias had moved: one more step back would be too far
@@ -70,7 +78,6 @@ def rollback(
         return RolledBack(None, target.number, "it was champion already")
     move = registry.move_champion(target, by=ROLLBACK, why=why, now=now, who=who)
     show_in_prefect(registry)
-    tell(registry, settings, now)
     log(settings, "rolled_back", version=move.after, before=move.before, who=who, reason=why)
     return RolledBack(move.before, move.after, why)
 

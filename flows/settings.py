@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,12 +23,13 @@ from flows.feed import FeedSettings
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
 from monitoring.sequential import StreamSettings
-from monitoring.triggers import read_schedule
+from monitoring.triggers import Measure, measures, read_schedule
 from sft.adaptation import AdaptationSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
 from sft.noise import NoiseSettings
 from sft.pixels import IN_MEMORY_BYTES
+from sft.ranges import at_least_one
 from sft.search import SearchSettings
 from sft.speed import ComputeSettings
 from sft.tasks import LOSSES, TASKS, Regression
@@ -119,6 +120,29 @@ class ServerSettings:
     mlflow_ui: str = "http://127.0.0.1:5000"
     prefect: str = ""
     prefect_home: str = ""
+
+
+@dataclass(frozen=True)
+class MachineSettings(ComputeSettings):
+    """Where training runs, and what reads and embeds a batch.
+
+    Attributes:
+        shard_pictures: a batch with more is read and embedded in shards of so many.
+        shard_workers: shards at once, in this process, or in a Ray cluster that is started here.
+        task_runner: `threads` of this process, or `ray`.
+        ray_address: of a cluster that is there: `auto`, `ray://host:10001` or `host:6379`; empty
+            starts one here for the time of a batch.
+    """
+
+    shard_pictures: int = 10_000
+    shard_workers: int = 4
+    task_runner: Literal["threads", "ray"] = "threads"
+    ray_address: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range, by name."""
+        super().__post_init__()
+        at_least_one(self, "shard_pictures", "shard_workers")
 
 
 @dataclass(frozen=True)
@@ -306,7 +330,7 @@ class Settings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     bootstrap: TrainingSettings = field(default_factory=_bootstrap_training)
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    compute: MachineSettings = field(default_factory=MachineSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     adaptation: AdaptationSettings = field(default_factory=AdaptationSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
@@ -316,6 +340,16 @@ class Settings:
     retention: RetentionSettings = field(default_factory=RetentionSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     logs: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse a trigger that nothing would ever measure."""
+        distances = {Measure.DISTANCE, Measure.DISTANCE_RANK}
+        wanted = sorted(distances & measures(self.policy.retrain_when))
+        if wanted and "mmd" not in self.detection.detectors:
+            raise SettingsError(
+                f"{self.path.name}: [policy] retrain_when has {wanted[0]}, and the distance is that"
+                " of the test mmd: name it in detectors under [detection]"
+            )
 
     @property
     def root(self) -> Path:
@@ -358,7 +392,7 @@ SECTIONS: dict[str, type[Any]] = {
     "policy": PolicySettings,
     "bootstrap": TrainingSettings,
     "training": TrainingSettings,
-    "compute": ComputeSettings,
+    "compute": MachineSettings,
     "search": SearchSettings,
     "adaptation": AdaptationSettings,
     "noise": NoiseSettings,
@@ -412,6 +446,21 @@ def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> Setti
     return settings
 
 
+def changed(settings: Settings, overrides: Mapping[str, Mapping[str, Any]], name: str) -> Settings:
+    """Return settings in which some keys have other values; `name` stands in messages.
+
+    Raises:
+        SettingsError: a section, key or value is unknown or wrong.
+    """
+    parts = {}
+    for section, values in overrides.items():
+        stated = _section(name, section, values)
+        known = getattr(settings, section)
+        kept = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
+        parts[section] = _build(name, section, {**kept, **stated})
+    return dataclasses.replace(settings, **parts)
+
+
 def export_to_environment(settings: Settings) -> None:
     """Set where Prefect is and how it speaks, for a command; call it before Prefect is imported.
 
@@ -428,6 +477,13 @@ def export_to_environment(settings: Settings) -> None:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # 20 is often too short
     }.items():
         os.environ.setdefault(name, value)
+
+
+def under_torchrun(environ: Mapping[str, str] | None = None) -> bool:
+    """Tell whether torchrun, or a job of a cluster that does as it does, started several of us."""
+    environ = os.environ if environ is None else environ
+    known = all(environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    return known and environ.get("WORLD_SIZE", "1") != "1"
 
 
 def refuse_contradiction(settings: Settings, config: ModelConfig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import pandas as pd
+
 from flows.registry import Registry, Version
 from sft.dataset import Role
 from sft.gate import Criterion, Verdict
@@ -24,8 +26,13 @@ def first_story(registry: Registry, version: Version) -> str:
     )
 
 
-def story(registry: Registry, version: Version, verdict: Verdict, champion: Version) -> str:
-    """Tell of a version that was judged against a champion, as Markdown."""
+def story(
+    registry: Registry, version: Version, verdict: Verdict, champion: Version, gain: float
+) -> str:
+    """Tell of a version that was judged against a champion, as Markdown.
+
+    `gain` is that of accuracy on the fresh hold-out.
+    """
 
     def link(words: str, artifact: str) -> str:
         return f"[{words}]({registry.run_url(version.run_id, artifact=artifact)})"
@@ -42,10 +49,30 @@ def story(registry: Registry, version: Version, verdict: Verdict, champion: Vers
             f"**{verdict.outcome.value}** against {_named(registry, champion.number)}",
             _table(verdict.criteria),
             _origin(registry, version),
-            f"{_learned(registry, version)}\n- judged: {version.tags.get('labels', 'no')}",
+            "\n".join(
+                [
+                    _learned(registry, version),
+                    f"- judged: {version.tags.get('labels', 'no')}",
+                    f"- {cost_words(registry, version, gain)}",
+                ]
+            ),
             " · ".join(links),
         ]
     )
+
+
+def cost_words(registry: Registry, version: Version, gain: float) -> str:
+    """Say what a version cost, and how many labels for each point of accuracy regained."""
+    spent = registry.cost(version)
+    labels, points = len(new_labels(registry, version)[0]), gain * 100
+    words = f"cost: {'not measured' if spent is None else spent.words}, {labels} labels"
+    regained = (
+        f"{points:.1f} points of accuracy regained on the fresh hold-out,"
+        f" {labels / points:.1f} labels a point"
+        if points > 0
+        else "no accuracy regained on the fresh hold-out"
+    )
+    return f"{words}; {regained}"
 
 
 def _origin(registry: Registry, version: Version) -> str:
@@ -59,11 +86,9 @@ def _origin(registry: Registry, version: Version) -> str:
 
 def _learned(registry: Registry, version: Version) -> str:
     """Count the labels that no parent had, by class and by batch."""
-    table = registry.learned(version)
-    parent = registry.ancestry(version)[1:2]
+    table, parent = new_labels(registry, version)
     whose = "it and its parents learned from" if version.parent else "it learned from"
-    if parent:  # the newest are on top
-        table = table.head(len(table) - len(registry.learned(parent[0])))
+    if parent:
         whose = "its parents had not"
     held = int((table["role"] == Role.HOLDOUT.value).sum())
     return (
@@ -71,6 +96,15 @@ def _learned(registry: Registry, version: Version) -> str:
         f"\n- classes: {_counted(table['label'].tolist())}"
         f"\n- batches: {_counted([name.split('/', 1)[0] for name in table['sample_id']])}"
     )
+
+
+def new_labels(registry: Registry, version: Version) -> tuple[pd.DataFrame, bool]:
+    """Return the labels that no parent had, and whether there is a parent to compare with."""
+    table = registry.learned(version)
+    parent = registry.ancestry(version)[1:2]
+    if parent:  # the newest are on top
+        table = table.head(len(table) - len(registry.learned(parent[0])))
+    return table, bool(parent)
 
 
 def _counted(names: Sequence[str]) -> str:

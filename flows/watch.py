@@ -10,7 +10,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import cast
 from uuid import NAMESPACE_OID, UUID, uuid5
@@ -36,16 +37,21 @@ from flows.check import (
     labels_digest,
     load_champion,
     settle_check,
-    stamp_of,
+    stamps_of,
     suppressed_tags,
 )
-from flows.decisions import UNTRAINABLE, Decider, read_history
-from flows.feed import Batch, list_batches
+from flows.decisions import (
+    UNTRAINABLE,
+    Decider,
+    before_alarm,
+    rang_and_settled,
+    read_history,
+)
+from flows.feed import Batch
 from flows.fresh import (
     FreshSet,
     Labels,
     fresh_set,
-    gather_labels,
     retrain_key,
 )
 from flows.history import show_in_prefect
@@ -53,10 +59,10 @@ from flows.logs import log
 from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
 from flows.progress import CheckBar
-from flows.promote import promote
+from flows.promote import promote, promote_on
 from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
-from flows.retrain import LabelsRefusedError, RetrainError, retrain
-from flows.rollback import rollback
+from flows.retrain import LabelsRefusedError, RetrainError, retrain, retrain_on
+from flows.rollback import roll_back, rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.shadow import load_shadow, out_of_shadow
 from flows.storage import FeedError
@@ -150,18 +156,20 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     champion = registry.champion()
     config = registry.config(champion)
     refuse_contradiction(settings, config)
-    batches = list_batches(settings.feed, settings.root)
+    batches = registry.view.batches()
     checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
     done = {(c.key.batch_id, c.key.digest) for c in checks if c.finished}
     failed = {(c.key.batch_id, c.stamp) for c in checks if not c.finished}
-    stamps = {batch.id: stamp_of(batch, settings) for batch in batches}
-    labels = gather_labels(settings, batches, config.classes, config.task)
+    stamps = dict(zip((b.id for b in batches), stamps_of(batches, settings), strict=True))
+    labels = registry.view.labels(batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
     finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
     present = [c for c in finished if (c.key.batch_id, c.key.digest) in here]
     history = read_history(registry, settings, champion, fresh, batches, finished)
-    decider = Decider(settings, fresh, history, now)
+    decider = Decider(
+        settings, fresh, history, now, before_alarm(finished), rang_and_settled(finished)
+    )
     return Plan(
         champion=champion,
         moved=registry.unobserved_move(),
@@ -191,9 +199,12 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
 @flow(name="watch", on_failure=[tell_of_failure], on_crashed=[tell_of_failure])
 def watch(settings_path: str) -> Watched:
     """Check what is new, settle what has labels, decide, and start a retraining if it is due."""
-    settings = load_settings(Path(settings_path))
-    registry = Registry(settings)
-    now = datetime.now(UTC)
+    return watch_on(Registry(load_settings(Path(settings_path))))
+
+
+def watch_on(registry: Registry) -> Watched:
+    """Do what `watch` does, on a record."""
+    settings, now = registry.settings, registry.now()
     move = registry.observe_moves(now)
     if move is not None:
         show_in_prefect(registry)
@@ -231,7 +242,7 @@ def _act(
     registry: Registry, settings: Settings, plan: Plan, decision: Decision, now: datetime
 ) -> tuple[Decision, str]:
     """Roll back or retrain if it is due; return the decision in force and what was done."""
-    moved = _end_probation(registry, settings, plan, now) or _judge_waiting(settings, plan)
+    moved = _end_probation(registry, settings, plan, now) or _judge_waiting(registry, plan)
     if moved is not None:
         return moved
     standing = plan.standing
@@ -242,7 +253,7 @@ def _act(
     if decision.action is not Action.RETRAIN:
         return decision, ""
     try:
-        return decision, start_retraining(settings, plan.champion, plan.fresh, standing, decision)
+        return decision, start_retraining(registry, plan.champion, plan.fresh, standing, decision)
     except LabelsRefusedError as error:  # the same ones would be refused again: others are needed
         refused = Decision(Action.ASK_FOR_LABELS, f"{decision.reason} Nothing was trained: {error}")
         _record_decision(registry, standing.run_id, refused, plan.decider.name)
@@ -258,6 +269,9 @@ def list_wanted_labels(
     registry: Registry, settings: Settings, plan: Plan, asking: CheckRecord
 ) -> str:
     """Put the list of samples that are worth labelling beside the check that asks for them."""
+    if not registry.live:  # the labels are those that came
+        registry.log(asking.run_id, tags={"sustain.requested": plan.decider.name})
+        return ""
     with tempfile.TemporaryDirectory(prefix="sustain-") as name:
         folder = Path(name)
         wanted = write_list(
@@ -267,7 +281,7 @@ def list_wanted_labels(
             plan.batches,
             plan.finished,
             plan.labels,
-            plan.fresh,
+            plan.decider.counted(alarm=True),
             folder,
         )
         for path in sorted(folder.iterdir()):
@@ -294,10 +308,11 @@ def check_all(
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
 
-    bar = CheckBar(len(plan.pending))
+    bar = CheckBar(len(plan.pending), shown=registry.live)
     with bar:
         for batch in plan.pending:
-            one = check.with_options(task_run_name=f"check {batch.id}")
+            named = partial(check.with_options, task_run_name=f"check {batch.id}")
+            one = named() if registry.live else check.fn
             try:
                 done = one(registry, settings, against, batch, past, plan.decider)
             except FeedError as error:
@@ -350,7 +365,6 @@ def settle_all(
             try:
                 answer_with_before(
                     registry,
-                    settings,
                     plan.champion,
                     before,
                     batch,
@@ -375,31 +389,35 @@ def _end_probation(
     if not on_probation(plan.decider.history, now, settings.policy):
         return None
     before = version_before(registry, plan.champion)
-    if before is None:
-        return None
-    answered = registry.checks(plan.champion.number, "metrics.`before.n` > 0")
-    compared = compare(before, answered)
-    if compared is None:
+    answered = (plan.champion.number, "metrics.`before.n` > 0")
+    compared = None if before is None else compare(before, registry.checks(*answered))
+    if before is None or compared is None:
         return None
     decision = decide_rollback(compared, plan.decider.history, now, settings.policy)
     if decision is None:
         return None
     try:
+        if not registry.live:
+            return decision, roll_back(registry, before.number, decision.reason).words
         return decision, rollback(str(settings.path), to=before.number, why=decision.reason).words
     except RegistryError as error:
         return decision, f"version {before.number} did not come back: {error}"
 
 
-def _judge_waiting(settings: Settings, plan: Plan) -> tuple[Decision, str] | None:
+def _judge_waiting(registry: Registry, plan: Plan) -> tuple[Decision, str] | None:
     """Judge a challenger that waited; return why and what was done if it was promoted."""
     if plan.waiting is None:
         return None
-    judged = promote(str(settings.path), version=plan.waiting.number)
+    number = plan.waiting.number
+    if registry.live:
+        judged = promote(str(registry.settings.path), version=number)
+    else:
+        judged = promote_on(registry, number)
     return (Decision(Action.NONE, judged.words), judged.words) if judged.promoted else None
 
 
 def start_retraining(
-    settings: Settings,
+    registry: Registry,
     champion: Version,
     fresh: FreshSet,
     cause: CheckRecord,
@@ -411,11 +429,14 @@ def start_retraining(
     started here, with an idempotency key. Either way the same labels start it once, or once more
     after each run that failed. Without a deployment the flow runs here and now.
     """
-    name = settings.model.name
-    key = retrain_key(champion.number, fresh, settings)
+    settings = registry.settings
     batch = cause.key.batch_id
     why = f"drift in batch {batch}" if cause.alarm else f"due at batch {batch}: {decision.reason}"
+    name = settings.model.name
+    key = retrain_key(champion.number, fresh, settings)
     told = {"cause": why, "check": cause.run_id, "key": key}
+    if not registry.live:
+        return retrain_on(registry, **told).words
     full_name = f"retrain/{name}"
     with get_client(sync_client=True) as client:
         deployment = _deployment(client, full_name)
@@ -429,7 +450,8 @@ def start_retraining(
             f"the deployment {full_name} failed {len(runs)} times for these labels: see its runs in"
             " Prefect"
         )
-    attempt = f"{key}-{len(runs) + 1}"  # told again, it is still the same event
+    # told again, it is still the same event; another model may have the same labels and settings
+    attempt = f"{name}-{key}-{len(runs) + 1}"
     emit_event(
         event=DRIFT,
         resource={"prefect.resource.id": f"drift.model.{name}", "prefect.resource.name": name},
@@ -439,7 +461,7 @@ def start_retraining(
             "reason": decision.reason,
             **told,
         },
-        id=uuid5(NAMESPACE_OID, attempt),
+        id=uuid5(NAMESPACE_OID, f"{name} {attempt}"),
     )
     parameters = {"settings_path": str(settings.path), **told}
     if deployment is None:

@@ -390,3 +390,52 @@ def track(errors: Sequence[tuple[float, int]]) -> Track:
         bias_by_chance=Z_95 * 0.5 / math.sqrt(total),
         error_by_chance=sum(math.sqrt(n) for _, n in errors) * 0.5 * math.sqrt(2 / math.pi) / total,
     )
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What labels told of several batches together.
+
+    Args:
+        n_batches: how many.
+        n: labels.
+        accuracy: on them.
+        high: upper end of the exact 95 % interval of `accuracy`.
+        estimated: what had been estimated of the batches, each weighted by its labels.
+        off_by_chance: how far `estimated - accuracy` is off at most by which samples were labelled,
+            in 95 of 100 cases.
+
+    """
+
+    n_batches: int
+    n: int
+    accuracy: float
+    high: float
+    estimated: float
+    off_by_chance: float
+
+
+def pool(settled: Sequence[tuple[float, float, int]]) -> Pooled | None:
+    """Sum up batches that labels settled; None if there are none.
+
+    Args:
+        settled: for each `Settlement.accuracy`, `Settlement.error` and `Settlement.n`.
+
+    Raises:
+        ValueError: if an error is not finite or settled by no label.
+
+    """
+    if not settled:
+        return None
+    errors = track([(error, n) for _, error, n in settled])
+    right = sum(round(accuracy * n) for accuracy, _, n in settled)
+    n = errors.n_labels
+    interval = stats.binomtest(right, n).proportion_ci(confidence_level=0.95, method="exact")
+    return Pooled(
+        n_batches=errors.n_batches,
+        n=n,
+        accuracy=right / n,
+        high=float(interval.high),
+        estimated=right / n + errors.bias,
+        off_by_chance=errors.bias_by_chance,
+    )

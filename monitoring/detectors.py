@@ -264,27 +264,37 @@ def _fewest(n: int, m: int) -> float:
     return math.exp(-min(log, 600.0))
 
 
-def _drawn(n: int, m: int, permutations: int) -> Integers:
-    """Draw batches (permutations, m) of m of n + m rows, the same ones for the same sizes.
-
-    All batches but the last rows themselves, where there are no more than wanted.
-    """
-    if math.comb(n + m, m) <= permutations + 1:
-        every = list(itertools.combinations(range(n + m), m))[:-1]
-        return np.array(every, dtype=np.int64).reshape(-1, m)
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(n + m, m, replace=False, shuffle=False) for _ in range(permutations)]
-    return np.stack(drawn).astype(np.int64)
-
-
 @lru_cache(maxsize=8)
 def _membership(n: int, m: int, permutations: int) -> Floats:
-    """Lay drawn batches out as columns of zeros and ones, after that of the batch itself."""
-    drawn = _drawn(n, m, permutations)
-    columns = np.zeros((n + m, len(drawn) + 1), dtype=np.float32)
+    """Lay batches of m of n + m rows out as columns of zeros and ones, the last rows' own first.
+
+    Drawn at random, the same ones for the same sizes; where there are no more than wanted, all.
+    """
+    if math.comb(n + m, m) <= permutations + 1:
+        every = np.array(list(itertools.combinations(range(n + m), m))[:-1], dtype=np.int64)
+        columns: Floats = np.zeros((n + m, len(every) + 1), dtype=np.float32)
+        columns[every.reshape(-1, m), np.arange(1, len(every) + 1)[:, None]] = 1
+    else:
+        columns = _draw(n, m, permutations).astype(np.float32)
     columns[n:, 0] = 1
-    columns[drawn, np.arange(1, len(drawn) + 1)[:, None]] = 1
     return columns
+
+
+def _draw(n: int, m: int, permutations: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Draw m of n + m rows, (n + m, 1 + permutations), the first column empty.
+
+    Floyd's algorithm (Bentley and Floyd 1987), all draws at once: the row drawn from the first
+    n + i joins, or if it is there already row n + i.
+    """
+    last = np.arange(n, n + m)
+    rows = np.random.default_rng(0).integers(0, last, size=(permutations, m), endpoint=True)
+    width = 1 + permutations
+    joined = np.zeros((n + m) * width, dtype=bool)
+    draws = np.arange(1, width)
+    for end, row in zip(last, rows.T, strict=True):
+        place = row * width + draws
+        joined[np.where(joined[place], end * width + draws, place)] = True
+    return joined.reshape(n + m, width)
 
 
 class _Test(ABC):
@@ -822,6 +832,21 @@ class Detection:
     parts: tuple[Part, ...]
     regime: str
     top_columns: tuple[str, ...]
+
+    @property
+    def distance(self) -> float | None:
+        """How far the batch is from its regimes, 0 to 1.414; None if no kernel compared them.
+
+        The maximum mean discrepancy, whose square is the mean of the parts' over the samples. It
+        does not grow with the batch, as evidence does.
+        """
+        found = [
+            part.share * min(2.0, max(0.0, shift.statistic))
+            for part in self.parts
+            for shift in part.shifts
+            if shift.detector == MMD().name
+        ]
+        return math.sqrt(sum(found)) if found else None
 
 
 def detect_drift(

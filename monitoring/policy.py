@@ -9,11 +9,14 @@ from enum import StrEnum
 from typing import Annotated
 
 from pydantic import PlainValidator
+from scipy import stats
 
-from monitoring.accuracy import MAX_NOVELTY
+from monitoring.accuracy import MAX_NOVELTY, Pooled
 from monitoring.probation import Comparison
 from monitoring.triggers import (
     DEFAULT_TRIGGER,
+    LAST_CHECKS,
+    LEAST_CHECKS,
     MAX_DAYS,
     AtLeast,
     Limit,
@@ -38,6 +41,15 @@ MAX_SKEW = timedelta(days=1)
 """No clock or time zone is off by more; a date farther in the future is a wrong one, and counting
 it as now would forbid training until then."""
 TOLD_SKEW = timedelta(minutes=1)
+LEVEL = 0.025
+"""At which labels show a fall: that of the upper end of a 95 % interval."""
+
+
+class FreshFrom(StrEnum):
+    """Which fresh labels count towards a retraining that an alarm calls for."""
+
+    ALL = "all"
+    ALARM = "alarm"
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class PolicySettings:
         min_drop: fall in accuracy, estimated or settled, that counts as damage.
         min_labels: fresh labels without which nothing is trained.
         min_classes: classes that these labels need to cover.
+        fresh_from: after an alarm, whether labels of all batches count, or those of batches from
+            the first that rang against the champion on.
         cooldown_hours: time after a training, promotion or rollback in which nothing is trained.
         max_retrains: trainings in any `budget_days`; 0 for no limit.
         budget_days: the period of `max_retrains`.
@@ -62,6 +76,7 @@ class PolicySettings:
     min_drop: float = 0.05
     min_labels: int = 100
     min_classes: int = 2
+    fresh_from: FreshFrom = FreshFrom.ALARM
     cooldown_hours: float = 0
     max_retrains: int = 0
     budget_days: float = 30
@@ -93,6 +108,8 @@ def describe(settings: PolicySettings) -> str:
     """Say in one sentence what makes a policy retrain and roll back."""
     labels = count(settings.min_labels, "fresh label")
     limits = [f"on at least {labels} of {count(settings.min_classes, 'class', 'classes')}"]
+    if settings.fresh_from is FreshFrom.ALARM:
+        limits[0] += " (after an alarm those of batches from the first that rang on)"
     if settings.cooldown_hours:
         limits.append(f"not within {settings.cooldown_hours:g} hours of the last change")
     if settings.max_retrains:
@@ -131,6 +148,10 @@ class Evidence:
         stream: what rings for the stream and how often by chance, in words, such as "false alarms:
             at most one in 1,000 batches on average"; empty when each batch rings for itself.
         before: how the version before the champion does on the labels since, if it was asked.
+        distance: how far the batch is from the reference, None where no kernel measured it.
+        distance_rank: the share of the last checks' distances that it exceeds, None after too few.
+        estimated_high: upper end of the 95 % interval of `estimated`.
+        pooled: what labels told of the batches that rang, if they told anything.
 
     """
 
@@ -147,14 +168,44 @@ class Evidence:
     believable: bool = True
     stream: str = ""
     before: Comparison | None = None
+    distance: float | None = None
+    distance_rank: float | None = None
+    estimated_high: float = math.nan
+    pooled: Pooled | None = None
+
+    @property
+    def peers(self) -> Pooled | None:
+        """Labelled batches to hold the estimate against: those that rang, if this one did."""
+        enough = self.alarm and self.pooled is not None and self.pooled.n >= MIN_SETTLED
+        return self.pooled if enough else None
+
+    @property
+    def corrected(self) -> float:
+        """The estimate, less what it was off by on the labelled batches that rang.
+
+        A drift that does no harm may make estimates too dark, one that does may leave them too
+        rosy, and either in all its batches alike.
+        """
+        off = self.peers.estimated - self.peers.accuracy if self.peers is not None else 0.0
+        return min(max(self.estimated - off, 0.0), 1.0)
+
+    @property
+    def corrected_high(self) -> float:
+        """Upper end of the 95 % interval of `corrected`."""
+        by_chance = self.peers.off_by_chance if self.peers is not None else 0.0
+        return self.corrected + math.hypot(self.estimated_high - self.estimated, by_chance)
 
 
 @dataclass(frozen=True)
 class FreshLabels:
-    """Labelled samples that the champion has not learned from: how many, of how many classes."""
+    """Labelled samples that the champion has not learned from: how many, of how many classes.
+
+    `of` says of which batches, where only some count.
+    """
 
     n: int
     classes: int
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -309,8 +360,10 @@ class _Case:
     def estimate_fell(self) -> bool:
         """Whether the estimate shows a fall, and no labels overrule it."""
         evidence, settings = self.evidence, self.settings
-        fell = has_fallen(evidence.reference, evidence.estimated, settings.min_drop)
-        return fell and not _labels_overrule(evidence, settings)
+        if _labels_overrule(evidence, settings):
+            return False
+        fell = has_fallen(evidence.reference, evidence.corrected, settings.min_drop)
+        return fell and (evidence.peers is None or evidence.corrected_high < evidence.reference)
 
     @property
     def unknown(self) -> bool:
@@ -369,8 +422,7 @@ def _ask(case: _Case) -> Decision:
         else "Label some of it."
     )
     why = (
-        f"accuracy probably fell by {evidence.reference - evidence.estimated:.3f}, from "
-        f"{evidence.reference:.3f} to {evidence.estimated:.3f}{_settled_words(evidence)}"
+        _fell_words(evidence)
         if case.estimate_fell
         else f"{evidence.novelty:.0%} of it is unlike anything known, so the estimated accuracy of "
         f"{evidence.estimated:.3f} is not to be believed"
@@ -447,8 +499,8 @@ def _account(case: _Case, *, told: bool) -> str:
         return f"{changed}, and it hurts: {damage}."
     return (
         f"{changed}, but it is not shown to hurt: accuracy is estimated at "
-        f"{evidence.estimated:.3f} against {evidence.reference:.3f} on the reference"
-        f"{_settled_words(evidence)}, and {_would_count(evidence, settings)}."
+        f"{evidence.corrected:.3f} against {evidence.reference:.3f} on the reference"
+        f"{_beside_estimate(evidence)}, and {_would_count(evidence, settings)}."
     )
 
 
@@ -467,6 +519,8 @@ def _read(trigger: Trigger, case: _Case) -> _Reading:
             return _read_sign(trigger, case)
         case Limit(Measure.ACCURACY):
             return _read_accuracy(trigger, case)
+        case Limit(Measure.DISTANCE | Measure.DISTANCE_RANK):
+            return _read_distance(trigger, case.evidence)
         case Limit():
             return _read_amount(trigger, case)
         case Schedule():
@@ -510,10 +564,26 @@ def _read_accuracy(limit: Limit, case: _Case) -> _Reading:
     if evidence.settled is not None and evidence.settled_n >= MIN_SETTLED:
         accuracy, source = evidence.settled, f"on {count(evidence.settled_n, 'label')}"
     else:
-        accuracy, source = evidence.estimated, "by estimate"
+        accuracy, source = evidence.corrected, "by estimate"
     met = accuracy < limit.value - ROUNDING
     words = f"accuracy {accuracy:.3f} {source} (limit {number(limit.value)})"
     return _Reading(None if not met and case.unknown else met, told=(words,))
+
+
+def _read_distance(limit: Limit, evidence: Evidence) -> _Reading:
+    distance, rank = evidence.distance, evidence.distance_rank
+    if distance is None:
+        return _Reading(met=False, told=("no drift distance is on record",))
+    said = f"drift distance {distance:.3f}"
+    if limit.measure is Measure.DISTANCE:
+        found = distance
+    elif rank is None:
+        few = f"{said}, with fewer than {LEAST_CHECKS} earlier ones to hold it against"
+        return _Reading(met=False, told=(few,))
+    else:
+        said, found = f"{said}, above {rank:.0%} of the last {LAST_CHECKS} or fewer", rank
+    met = found >= limit.value - ROUNDING
+    return _Reading(met, told=(f"{said} (limit {number(limit.value)})",))
 
 
 def _read_amount(limit: Limit, case: _Case) -> _Reading:
@@ -552,27 +622,54 @@ def _damage(case: _Case) -> str | None:
     evidence = case.evidence
     shown = _true_damage(evidence, case.settings)
     if shown is None and case.estimate_fell:
-        return (
-            f"accuracy probably fell by {evidence.reference - evidence.estimated:.3f}, from "
-            f"{evidence.reference:.3f} to {evidence.estimated:.3f}{_settled_words(evidence)}"
-        )
+        return _fell_words(evidence)
     return shown
 
 
+def _fell_words(evidence: Evidence) -> str:
+    return (
+        f"accuracy probably fell by {evidence.reference - evidence.corrected:.3f}, from "
+        f"{evidence.reference:.3f} to {evidence.corrected:.3f}{_beside_estimate(evidence)}"
+    )
+
+
 def _true_damage(evidence: Evidence, settings: PolicySettings) -> str | None:
-    """Say what labels show, if the fall is as large as min_drop and not by chance."""
-    if (
-        evidence.settled is not None
-        and evidence.settled_high is not None
-        and has_fallen(evidence.reference, evidence.settled, settings.min_drop)
-        and evidence.settled_high < evidence.reference
-    ):
+    """Say what labels show, if the fall is as large as min_drop and not by chance.
+
+    The more batches of a drift have labels, the surer one of them looks bad by chance: each is held
+    against the limit at a level that is shared, and all of them together.
+    """
+    peers, reference = evidence.peers, evidence.reference
+    if _own_labels_fell(evidence, settings):
         return (
             f"accuracy on {count(evidence.settled_n, 'label')} of it is {evidence.settled:.3f} "
-            f"(at most {evidence.settled_high:.3f}) against {evidence.reference:.3f} on the "
-            "reference"
+            f"(at most {evidence.settled_high:.3f}) against {reference:.3f} on the reference"
+        )
+    if (
+        peers is not None
+        and has_fallen(reference, peers.accuracy, settings.min_drop)
+        and peers.high < reference
+        and not _labels_overrule(evidence, settings)
+    ):
+        return (
+            f"accuracy on {count(peers.n, 'label')} of batches that rang is {peers.accuracy:.3f} "
+            f"(at most {peers.high:.3f}) against {reference:.3f} on the reference"
         )
     return None
+
+
+def _own_labels_fell(evidence: Evidence, settings: PolicySettings) -> bool:
+    if (
+        evidence.settled is None
+        or evidence.settled_high is None
+        or not has_fallen(evidence.reference, evidence.settled, settings.min_drop)
+    ):
+        return False
+    if evidence.peers is None:
+        return evidence.settled_high < evidence.reference
+    right = round(evidence.settled * evidence.settled_n)
+    p_value = stats.binom.cdf(right, evidence.settled_n, evidence.reference)
+    return bool(p_value < LEVEL / evidence.peers.n_batches)
 
 
 def has_fallen(before: float, now: float, min_drop: float) -> bool:
@@ -593,15 +690,29 @@ def _labels_overrule(evidence: Evidence, settings: PolicySettings) -> bool:
 
 def _would_count(evidence: Evidence, settings: PolicySettings) -> str:
     """Say why what looks like a fall is none."""
-    if has_fallen(evidence.reference, evidence.estimated, settings.min_drop):
+    if _labels_overrule(evidence, settings) and has_fallen(
+        evidence.reference, evidence.corrected, settings.min_drop
+    ):
         return "labels decide: they show no fall, whatever the estimate says"
+    if has_fallen(evidence.reference, evidence.corrected, settings.min_drop):
+        return "so few labels and pictures may look so by chance: more labels decide"
     return f"a fall of {settings.min_drop:.3f} would count"
 
 
-def _settled_words(evidence: Evidence) -> str:
-    if evidence.settled is None:
-        return ""
-    return f" ({evidence.settled:.3f} on {count(evidence.settled_n, 'label')})"
+def _beside_estimate(evidence: Evidence) -> str:
+    """Say what labels told of the batch, and what they corrected the estimate by."""
+    said = []
+    if evidence.settled is not None:
+        said.append(f"{evidence.settled:.3f} on {count(evidence.settled_n, 'label')}")
+    if (peers := evidence.peers) is not None:
+        off = peers.estimated - peers.accuracy
+        labels = count(peers.n, "label")
+        way = "rosy" if off > 0 else "dark"
+        said.append(
+            f"{evidence.estimated:.3f} before correction: on {labels} of batches that rang, "
+            f"estimates were {abs(off):.3f} too {way}"
+        )
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _obstacle(case: _Case) -> Decision | None:
@@ -612,7 +723,7 @@ def _obstacle(case: _Case) -> Decision | None:
         return Decision(
             Action.ASK_FOR_LABELS,
             f"{count(missing, 'label')} {'is' if missing == 1 else 'are'} missing: "
-            f"{labels.n} of {settings.min_labels} are here.",
+            f"{labels.n} of {settings.min_labels} are here{labels.of}.",
         )
     if labels.classes < settings.min_classes:
         return Decision(

@@ -17,6 +17,12 @@ from monitoring.words import count, number
 
 MAX_DAYS = 36_500
 CRON_FIELDS = 5
+MAX_DISTANCE = math.sqrt(2)
+"""No discrepancy by a Gaussian kernel is larger."""
+LAST_CHECKS = 15
+"""Checks whose distances a rolling threshold is taken from; the smaller of Modyn's two numbers."""
+LEAST_CHECKS = 5
+"""With fewer there is no threshold: of five the next is the farthest once in six by chance."""
 
 
 class Sign(StrEnum):
@@ -38,11 +44,16 @@ class Measure(StrEnum):
     BATCHES = "batches_since_training"
     SAMPLES = "samples_since_training"
     ACCURACY = "accuracy_below"
+    DISTANCE = "drift_distance_above"
+    DISTANCE_RANK = "drift_distance_quantile"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Met from `value` on; an accuracy, below it."""
+    """Met from `value` on; an accuracy, below it.
+
+    The distance's rank among the last checks is met from the quantile `value` of these on.
+    """
 
     measure: Measure
     value: float
@@ -132,8 +143,10 @@ def _list(value: object, where: str) -> tuple[Trigger, ...]:
 
 def _limit(measure: Measure, number: object, where: str) -> Limit:
     real = float(number) if isinstance(number, float) or _whole(number) else math.nan
-    if measure is Measure.ACCURACY:
+    if measure in {Measure.ACCURACY, Measure.DISTANCE_RANK}:
         allowed, needed = 0 < real < 1, "a share between 0 and 1"
+    elif measure is Measure.DISTANCE:
+        allowed, needed = 0 < real < MAX_DISTANCE, "a distance over 0 and under 1.414"
     elif measure is Measure.DAYS:
         allowed, needed = 0 < real <= MAX_DAYS, f"a number of days over 0 and up to {MAX_DAYS:,}"
     else:
@@ -188,6 +201,29 @@ def _did_you_mean(word: str, among: Sequence[str]) -> str:
     return f" (did you mean {str(near[0])!r}?)" if near else ""
 
 
+def rank_of(distance: float, before: Sequence[float]) -> float | None:
+    """Give the share of the last distances that one exceeds, None if there are too few of them.
+
+    Args:
+        distance: of a check.
+        before: of the checks before it against the same version, oldest first.
+
+    """
+    last = before[-LAST_CHECKS:]
+    return sum(one < distance for one in last) / len(last) if len(last) >= LEAST_CHECKS else None
+
+
+def measures(trigger: Trigger) -> frozenset[Measure]:
+    """Name what the limits within a trigger look at."""
+    match trigger:
+        case Limit(measure, _):
+            return frozenset({measure})
+        case AtLeast(_, of):
+            return frozenset[Measure]().union(*map(measures, of))
+        case _:
+            return frozenset()
+
+
 DEFAULT_TRIGGER = parse_trigger({"all": ["drift", {"any": ["estimated_damage", "true_damage"]}]})
 
 
@@ -211,6 +247,11 @@ def clause(trigger: Trigger, fell: str) -> str:
                 Measure.BATCHES: f"{least} batches came since the last training",
                 Measure.SAMPLES: f"{least} samples came since the last training",
                 Measure.ACCURACY: f"accuracy is below {least}",
+                Measure.DISTANCE: f"the drift distance is {least} or more",
+                Measure.DISTANCE_RANK: (
+                    f"the drift distance is above the quantile {least} of the last "
+                    f"{LAST_CHECKS} checks'"
+                ),
             }[measure]
         case Schedule(cron, timezone):
             return f'a time of the schedule "{cron}" ({timezone}) came since the last training'

@@ -15,6 +15,7 @@ from sft.averaging import (
 )
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures
+from sft.distributed import ALONE, Team
 from sft.evaluate import mean_loss
 from sft.models import Network
 from sft.speed import ComputeSettings
@@ -43,6 +44,7 @@ def tune(
     on_epoch: Callable[[Epoch], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
     compute: ComputeSettings | None = None,
+    team: Team = ALONE,
 ) -> FineTuned:
     """Fine-tune as often as `settings.after` wants, and make one network of the results.
 
@@ -74,6 +76,7 @@ def tune(
                 on_epoch=on_epoch,
                 on_batch=on_batch,
                 compute=compute,
+                team=team,
             )
         )
     if any(len(data) < LEAST_VALIDATION for data in validation):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sft.batchnorm import DomainNorm
 from sft.dataset import LabelledPictures
+from sft.distributed import ALONE, Team
 from sft.models import Network
 from sft.modes import evaluating
 from sft.speed import ComputeSettings, fastest_way, frozen_pass
@@ -287,6 +288,7 @@ def cut(
     change: Callable[[LabelledPictures, torch.Generator], Tensor] | None = None,
     views: int = 1,
     seed: int = 0,
+    team: Team = ALONE,
 ) -> Cut | None:
     """Run the frozen part of a phase once, over all samples.
 
@@ -303,6 +305,7 @@ def cut(
         views: how many times it is drawn for each picture, instead of anew in every batch; 0: then
             nothing is cached.
         seed: of these draws, so that another training with it finds the views in the cache.
+        team: processes that share these passes out; each keeps all that they give.
 
     Returns:
         None when the phase has to train from pictures: nothing before what moves is frozen, the
@@ -320,18 +323,26 @@ def cut(
         return None
     learned = [fresh, *([] if memory is None else [memory])]
     rows = count * sum(map(len, learned)) + sum(map(len, validation))
-    if rows * row.nbytes > cache.max_bytes or not _agree(network, tail, fresh.pixels[:2]):
+    if rows * row.nbytes > cache.max_bytes:
+        return None
+    if not team.agree([float(_agree(network, tail, fresh.pixels[:2]))])[0]:
         return None
 
+    def run(data: LabelledPictures) -> Tensor:
+        n = len(data)
+        if team.size == 1:
+            return cache.get(network, tail.at, data)
+        return team.gathered(cache.get(network, tail.at, data.take(team.rows(n).tolist())), n)
+
     def given(data: LabelledPictures) -> LabelledPictures:
-        return replace(data, pixels=cache.get(network, tail.at, data)) if len(data) else data
+        return replace(data, pixels=run(data)) if len(data) else data
 
     def view(number: int, data: LabelledPictures) -> LabelledPictures:
         if change is None:
             return given(data)
         generator = torch.Generator().manual_seed(seed + number)
         changed = [
-            cache.get(network, tail.at, replace(part, pixels=change(part, generator)))
+            run(replace(part, pixels=change(part, generator)))
             for part in data.split(CHANGED_TOGETHER)
         ]
         return replace(data, pixels=torch.cat(changed))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -39,10 +40,13 @@ SPLITS = {
 }
 """Names of folders into which people split their data themselves, and the role of what is there."""
 
+REMEMBERED = 100_000
+"""Roles that are kept: every decision counts those of all fresh labels."""
 SPLIT_MARK = "//"
 """Ends the name of such a folder in a sample id: no path has it, so no class is taken for one."""
 
 
+@lru_cache(maxsize=REMEMBERED)
 def role_of(sample_id: str) -> Role:
     """Tell a sample's role by its id alone: by the split that it names, else by a hash.
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sft.dataset import LabelledPictures
+from sft.distributed import ALONE, Team
 from sft.models import Network
 from sft.tasks import SINGLE_LABEL, Task
 
@@ -135,18 +136,22 @@ def confusion(answers: Answers, classes: Sequence[str]) -> NDArray[np.int64]:
     return np.asarray(answers.details(classes)["confusion"], dtype=np.int64)
 
 
-def mean_loss(network: Network, sets: Sequence[LabelledPictures]) -> tuple[float, float]:
+def mean_loss(
+    network: Network, sets: Sequence[LabelledPictures], team: Team = ALONE
+) -> tuple[float, float]:
     """Give the task's loss and the accuracy, each set with the same weight.
 
     Within a set, samples count by their weights. Empty sets are left out; without any sample both
-    are NaN. The network's mode stays as it is.
+    are NaN. The network's mode stays as it is. A team shares the passes out.
     """
     losses, accuracies = [], []
     task = network.config.task
     with torch.inference_mode():
         for data in sets:
             if len(data):
-                passes = ([network(part).float().cpu()] for part in data.pixels.split(256))
+                passes = (
+                    [team.answers(network, part).float().cpu()] for part in data.pixels.split(256)
+                )
                 [logits] = collect(passes, len(data))
                 losses.append(task.validation_loss(logits, data.labels, data.weights).item())
                 right = task.right(task.predicted(task.answers(logits)), data.labels).float()

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from sft.dataset import LabelledPictures, Role
-from sft.pictures import Preprocessing, decode, encode_png
+from sft.pictures import Preprocessing, decode_own, encode_png
 from sft.pixels import IN_MEMORY_BYTES, PixelSink
 from sft.tasks import SINGLE_LABEL, Task
 
@@ -179,7 +179,7 @@ class Memory:
         seen = Preprocessing(image_size=size, resize_size=size, channels=channels)
         sink = PixelSink((channels, size, size), self.in_memory_bytes)
         for image in rows["image"]:
-            sink.add(decode(image, seen).pixels)
+            sink.add(decode_own(image, seen))
         labels = task.rows(_texts(rows["label"]), classes)
         return LabelledPictures(tuple(rows["sample_id"]), sink.finish(), labels)
 

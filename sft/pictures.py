@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from PIL import (
 from torch import Tensor
 
 MAX_PIXELS = 50_000_000
+COMPRESSION = 3
+"""Of PNG. A photograph of 224 pixels takes 5.5 CPU ms and 57 kB; at Pillow's own 6, 14.9 and 55."""
 
 # The formats are named one by one, and opened without Image.open: what a batch brings is not to be
 # trusted, and Pillow also knows formats that start other programs (EPS runs Ghostscript). Moreover
@@ -145,8 +148,22 @@ def encode_png(pixels: Tensor) -> bytes:
             f"expected uint8 pixels (1 or 3, H, W), got {pixels.dtype} {tuple(pixels.shape)}"
         )
     buffer = io.BytesIO()
-    _to_image(pixels).save(buffer, format="PNG")
+    _to_image(pixels).save(buffer, format="PNG", compress_level=COMPRESSION)
     return buffer.getvalue()
+
+
+def decode_own(encoded: bytes, preprocessing: Preprocessing) -> Tensor:
+    """Decode what `encode_png` wrote, uint8 (C, H, W), without what strangers' pictures need.
+
+    Raises:
+        BadPicture: as `decode`.
+    """
+    size, mode = preprocessing.image_size, "L" if preprocessing.channels == 1 else "RGB"
+    with suppress(Exception), PngImagePlugin.PngImageFile(io.BytesIO(encoded)) as image:
+        if (image.mode, image.size) == (mode, (size, size)):
+            array = np.array(image).reshape(size, size, preprocessing.channels)
+            return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return decode(encoded, preprocessing).pixels  # damaged: it says in which way
 
 
 def thumbnail(pixels: Tensor, size: int = 96) -> bytes:

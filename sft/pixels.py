@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import IO, TypeAlias
 
 import torch
@@ -106,9 +107,13 @@ class PixelSink:
             return torch.stack(self._kept) if self._kept else empty
         with self._file as file:
             file.flush()
-            size = self._count * prod(self._shape)
-            mapped = torch.from_file(file.name, shared=False, size=size, dtype=torch.uint8)
-        return StoredPixels(mapped.view(-1, *self._shape), torch.arange(self._count))
+            return map_pixels(Path(file.name), self._count, self._shape)
+
+
+def map_pixels(path: Path, n: int, shape: Sequence[int]) -> StoredPixels:
+    """Map a file that holds n pictures (C, H, W) of uint8, one behind the other."""
+    mapped = torch.from_file(str(path), shared=False, size=n * prod(shape), dtype=torch.uint8)
+    return StoredPixels(mapped.view(-1, *shape), torch.arange(n))
 
 
 def take(pixels: Pixels, places: Tensor) -> Pixels:

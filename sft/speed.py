@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sft.distributed import whole_batch
 from sft.folding import folded, packed
 from sft.models import Network
 from sft.pixels import Pixels
-from sft.ranges import not_negative
+from sft.ranges import at_least_one, not_negative
 from sft.strategies import activations
 
 WORTH = 1.2
@@ -80,12 +81,15 @@ class ComputeSettings:
             than a fifth.
         device: `cpu`, `cuda`, or `auto`: the second where there is one.
         threads: of PyTorch, for the whole process; 0 leaves them as they are.
+        processes: of this machine that share a retraining's batches; each takes its part of the
+            threads, or a CUDA device of its own. Under torchrun its processes count instead.
         findings: folder in which what the probe found is kept for the next process.
     """
 
     precision: Precision = Precision.FLOAT32
     device: Device = Device.AUTO
     threads: int = 0
+    processes: int = 1
     findings: str = "~/.cache/sustain/speed"
 
     def __post_init__(self) -> None:
@@ -96,6 +100,7 @@ class ComputeSettings:
                     f"{name} must be one of {', '.join(kind)}, got {getattr(self, name)!r}"
                 )
         not_negative(self, "threads")
+        at_least_one(self, "processes")
 
     def start(self) -> torch.device:
         """Set the number of threads, and tell the device.
@@ -261,16 +266,22 @@ def faster_dropout(network: nn.Module) -> Iterator[None]:
 def dropout(inputs: Tensor, p: float) -> Tensor:
     """Drop a share p of the inputs, in training; p is rounded to 1/256.
 
-    On the CPU PyTorch's own takes 13 ns an element, this one 2: it draws one byte an element.
+    On the CPU PyTorch's own takes 13 ns an element, this one 2: it draws one byte an element. Where
+    several processes share a batch, each draws for all of it and takes its rows.
     """
     if inputs.device.type != "cpu":
         return functional.dropout(inputs, p)
     dropped = round(p * 256)
     if dropped == 256:  # noqa: PLR2004
         return inputs * 0
-    flat = inputs.numel()
+    flat, part = inputs.numel(), whole_batch(inputs)
+    if part is not None:
+        flat = flat // len(part.rows) * part.n
     words = torch.empty((flat + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.uint8)[:flat] >= dropped
+    drawn = words.view(torch.uint8)[:flat]
+    if part is not None:
+        drawn = drawn.view(part.n, -1)[part.rows].flatten()
+    kept = drawn >= dropped
     scaled = kept.to(inputs.dtype).mul_(256 / (256 - dropped))
     dense = torch.empty_like(inputs, device="meta").stride()  # a part of a tensor leaves places out
     return inputs * scaled.as_strided(inputs.shape, dense)

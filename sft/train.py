@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,6 +21,7 @@ from sft.augment import Augmentation, augment, strengths
 from sft.averaging import AfterSettings
 from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
 from sft.dataset import LabelledPictures, batches, mixup
+from sft.distributed import ALONE, Team
 from sft.evaluate import mean_loss
 from sft.models import ModelConfig, Network
 from sft.modes import evaluating
@@ -175,6 +177,7 @@ def fine_tune(
     on_epoch: Callable[[Epoch], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
     compute: ComputeSettings | None = None,
+    team: Team = ALONE,
 ) -> FineTuned:
     """Fine-tune a copy of `start` on fresh samples; `start` itself is not changed.
 
@@ -193,6 +196,7 @@ def fine_tune(
         on_epoch: called after each epoch, for progress.
         on_batch: called after each step with the number of its fresh samples, for progress.
         compute: where, and how precisely; by default on the CPU in float32.
+        team: processes that each call this with the same arguments and share the passes out.
 
     Returns:
         The weights of the epoch that validated best (of the last one without validation) and the
@@ -200,8 +204,9 @@ def fine_tune(
 
     Raises:
         TrainingError: an ensemble, no samples, a single class, labels outside the classes, a
-            strategy that the network has no layers for, or a loss that is not finite before any
-            epoch has ended (later, training stops and the best weights are kept).
+            strategy that the network has no layers for, batch norm that would learn statistics from
+            parts of a batch, or a loss that is not finite before any epoch has ended (later,
+            training stops and the best weights are kept).
     """
     if start.config.members > 1:
         raise TrainingError("an ensemble's members are tuned one by one: call sft.after.tune")
@@ -210,6 +215,7 @@ def fine_tune(
     rehearsed = memory if settings.rehearsal else None
     _check_labels(fresh, rehearsed, start.config)
     _check_settings(settings, start.config.task)
+    _check_shared(start, settings, team)
     small = [len(data) for data in validation if len(data) < LEAST_VALIDATION]
     compute = compute or ComputeSettings(device=Device.CPU)
     network, champion = _placed(start, anchor or start, compute.start())
@@ -217,12 +223,21 @@ def fine_tune(
     try:
         plan = phases(network, settings, new_head=network.config != champion.config)
         epochs = epochs_of(plan, settings.epochs)
-        terms = _terms(champion, memory, settings, generator)
+        terms = _terms(champion, memory, settings, generator, team)
     except ValueError as error:
         raise TrainingError(str(error)) from error
     weights = _loss_weights(network, fresh, rehearsed, settings)
     job = _Job(
-        network, fresh, rehearsed, settings, tuple(terms), weights, generator, compute, on_batch
+        network,
+        fresh,
+        rehearsed,
+        settings,
+        tuple(terms),
+        weights,
+        generator,
+        compute,
+        team,
+        on_batch,
     )
     best = _Best(_snapshot(network), settings, validated=bool(validation) and not small)
     history: list[Epoch] = []
@@ -273,12 +288,14 @@ class _Job:
     weights: Tensor | None
     generator: torch.Generator
     compute: ComputeSettings
+    team: Team
     on_batch: Callable[[int], None] | None = None
 
     @cached_property
     def half(self) -> bool:
         """Whether a phase's steps are in bfloat16; the weights stay float32."""
-        return trains_in_half(self.network, self.fresh.pixels, self.compute)
+        half = trains_in_half(self.network, self.fresh.pixels, self.compute)
+        return bool(self.team.agree([float(half)])[0])
 
     @property
     def autocast(self) -> torch.autocast:
@@ -379,12 +396,13 @@ def _one_pass(job: _Job, optimiser: Optimizer, schedule: LRScheduler) -> float:
         seen, targets, shares = mixup(seen, targets, counted, settings.mixup, job.generator)
         seen, targets, shares = (_moved(one, device) for one in (seen, targets, shares))
         with job.autocast:
-            logits = network(seen).float()
+            logits = job.team.answers(network, seen).float()
             loss = task.loss(logits, targets, job.weights, shares)
             for term in job.terms:
                 loss = loss + term(network, seen, logits, is_old.to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        job.team.average_gradients(network)
         norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
         if not torch.isfinite(loss + norm):
             raise _NotFiniteError(len(losses) + 1)
@@ -424,6 +442,7 @@ def _cached(
         change=change if settings.augments else None,
         views=settings.views,
         seed=settings.seed,
+        team=job.team,
     )
     if part is None:
         return [job], validation
@@ -432,7 +451,7 @@ def _cached(
         at = part.network.at
         if frozen_part_digest(champion, at) != frozen_part_digest(job.network, at):
             return [job], validation  # the teacher sees other activations
-        terms += _answer_terms(Tail(champion, at), settings)
+        terms += _answer_terms(Tail(champion, at), settings, job.team)
     job = replace(
         job,
         network=part.network,
@@ -479,6 +498,7 @@ def _terms(
     memory: LabelledPictures | None,
     settings: TrainingSettings,
     generator: torch.Generator,
+    team: Team,
 ) -> list[Penalty]:
     """Make the terms of L_pre that the settings ask for."""
     start = dict(champion.named_parameters())
@@ -490,14 +510,15 @@ def _terms(
         likelihood = champion.config.task.likelihood
         found = fisher(champion, old, generator=generator, likelihood=likelihood)
         terms.append(EWC(start, found, settings.ewc))
-    return [*terms, *_answer_terms(champion, settings)]
+    return [*terms, *_answer_terms(champion, settings, team)]
 
 
-def _answer_terms(champion: Network, settings: TrainingSettings) -> list[Penalty]:
+def _answer_terms(champion: Network, settings: TrainingSettings, team: Team) -> list[Penalty]:
     """Make those that hold the champion's answers; it is given what the network is given."""
     if not settings.distillation and not settings.dark_experience:
         return []
-    teacher, terms = Teacher(champion), list[Penalty]()
+    answer = partial(team.answers, copy.deepcopy(champion).eval())
+    teacher, terms = Teacher(answer), list[Penalty]()
     if settings.distillation:
         terms.append(
             Distillation(
@@ -555,6 +576,15 @@ def _check_settings(settings: TrainingSettings, task: Task) -> None:
             )
 
 
+def _check_shared(network: Network, settings: TrainingSettings, team: Team) -> None:
+    follows = any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    if team.size > 1 and follows and not settings.freeze_batch_norm:
+        raise TrainingError(
+            f"batch norm would take its statistics from parts of a batch, since {team.size}"
+            " processes share each: leave freeze_batch_norm at true, or set processes to 1"
+        )
+
+
 def _loss_weights(
     network: Network,
     fresh: LabelledPictures,
@@ -580,7 +610,9 @@ def _validated(
     rate: float,
 ) -> Epoch:
     with evaluating(job.network), job.autocast:
-        return Epoch(number, train_loss, *mean_loss(job.network, validation), rate)
+        found = [train_loss, *mean_loss(job.network, validation, job.team)]
+        trained, loss, accuracy = job.team.agree(found)
+        return Epoch(number, trained, loss, accuracy, rate)
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:

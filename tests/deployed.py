@@ -101,9 +101,24 @@ def deployments(server: str, folder: Path, model: str, settings_path: Path) -> D
     return Deployments(server, folder / "home", path, pool)
 
 
+def marked(mark: str) -> dict[int, str]:
+    """Find the living processes with `NAME=value` in their environment, with command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_text(errors="replace").split("\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
 def ask(server: str, path: str, body: dict[str, Any]) -> Any:
-    """Post a query to Prefect's API."""
-    answer = httpx.post(f"{server}{path}", json=body, timeout=30)
+    """Post a query to Prefect's API, again while its database is locked, as its own client does."""
+    end = time.monotonic() + PATIENCE
+    while (answer := httpx.post(f"{server}{path}", json=body, timeout=60)).status_code == 503:
+        assert time.monotonic() < end, answer.text
+        time.sleep(1)
     answer.raise_for_status()
     return answer.json()
 

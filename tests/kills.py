@@ -12,6 +12,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, cast
 
+from stores import POSTGRES, SQLITE
+
 DRIVERS = 2
 TWICE = ("RetrainError: 0 fresh labels", "RegistryError: version 1 is the first champion")
 ENVIRONMENT = {
@@ -29,7 +31,8 @@ ENVIRONMENT = {
 class Drivers:
     """Processes that each have a world of their own, and take the cases as they come."""
 
-    def __init__(self, folder: Path, prefect: str, more: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, prefect: str, store: str = SQLITE) -> None:
+        self.store = store
         inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
         here = Path(__file__).parent
         environment = {
@@ -38,14 +41,14 @@ class Drivers:
             "PREFECT_API_URL": prefect,
             "PREFECT_HOME": str(folder / "prefect"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")])),
-            **(more or {}),
+            **({"KILL_POSTGRES": "1"} if store == POSTGRES else {}),
         }
         self.free: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
         self.pool = ThreadPoolExecutor(DRIVERS)
         self.processes = []
         for number in range(DRIVERS):
             world = folder / f"world-{number}"
-            world.mkdir()
+            world.mkdir(exist_ok=True)
             process = subprocess.Popen(
                 [sys.executable, str(here / "integration" / "kill_driver.py"), str(world)],
                 env=environment | {"TMPDIR": str(world)},
@@ -121,6 +124,12 @@ def complaint(
         for wanted in undisturbed["books"]
     ]
     return "" if not all(found) else "\n      ".join(min(found, key=len)[:8])
+
+
+def lost(answer: dict[str, Any], undisturbed: dict[str, Any]) -> int:
+    """Count the batches and labels of an undisturbed run that a case has no record of."""
+    book = answer.get("book") or {"kept": []}
+    return len({*undisturbed["books"][0]["kept"]} - {*book["kept"]})
 
 
 def report(complaints: dict[str, str]) -> str:

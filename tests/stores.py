@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,8 @@ from worlds import free
 from flows.servers import unreachable
 
 PATIENCE = 60.0
+SQLITE, POSTGRES = STORES = ("SQLite", "PostgreSQL")
+"""Where MLflow's and Prefect's records may be."""
 
 
 def wait_for(what: str, ready: Callable[[], bool]) -> None:
@@ -74,6 +76,21 @@ class Postgres:
         """Stop the server; "immediate" is as if its power went."""
         self._control("stop", "-m", mode)
 
+    def revive(self) -> None:
+        """Wait until it answers, and start it where a full disk has ended it."""
+        wait_for("PostgreSQL", self._answers)
+
+    def _answers(self) -> bool:
+        import psycopg2
+
+        try:
+            self.run("SELECT 1")
+        except psycopg2.OperationalError:
+            with suppress(subprocess.CalledProcessError):  # it may be recovering by itself
+                self.start()
+            return False
+        return True
+
     def _control(self, *words: str) -> None:
         self.command("pg_ctl", "-D", str(self.folder / "data"), *words)
 
@@ -113,6 +130,7 @@ def postgres() -> Iterator[Postgres]:
             "unix_socket_directories": f"'{folder}'",
             "fsync": "off",
             "max_connections": 200,
+            "max_wal_size": "128MB",  # it may lie on a small disk
         }
         with (folder / "data" / "postgresql.conf").open("a") as file:
             file.writelines(f"{name} = {value}\n" for name, value in options.items())
@@ -159,19 +177,21 @@ class Bucket:
                 start_new_session=True,
             )
         wait_for("S3 server", self._answers)
-        self._make_bucket()
 
     def _make_bucket(self) -> None:
         import boto3
 
         where = {name.lower(): value for name, value in self.environment.items()}
-        boto3.client(
+        client = boto3.client(
             "s3",
             endpoint_url=where["aws_endpoint_url"],
             region_name=where["aws_default_region"],
             aws_access_key_id=where["aws_access_key_id"],
             aws_secret_access_key=where["aws_secret_access_key"],
-        ).create_bucket(Bucket="sustain")
+        )
+        # boto3 asks again when a busy server was slow to say that it is done
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou):
+            client.create_bucket(Bucket="sustain")
 
     def stop(self) -> None:
         """Stop it at once, as kill -9 does."""
@@ -190,6 +210,7 @@ def bucket(folder: Path) -> Iterator[Bucket]:
     server = Bucket(folder, f"127.{draw.randrange(1, 255)}.{draw.randrange(1, 255)}.1")
     try:
         server.start()
+        server._make_bucket()
         yield server
     finally:
         server.stop()

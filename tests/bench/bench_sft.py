@@ -50,6 +50,7 @@ from sft_methods import (
 from sft_worlds import PACS_SIZE, World, world
 
 from flows.doubt import adapted_answers, see
+from sft.alignment import aligned_answers
 from sft.dataset import LabelledPictures
 from sft.models import Network
 from sft.noise import NoiseSettings, judge_labels
@@ -382,6 +383,7 @@ def _stopped(given: World, pool: LabelledPictures) -> dict[str, float]:
         wrong = rng.random(DELIVERED) < WRONG
         other = rng.integers(1, len(classes), DELIVERED)
         adapted = adapted_answers(network, pool.pixels[torch.from_numpy(rows)])
+        aligned = aligned_answers(network, embeddings[rows], old)
         for kind, by in (("clean", 0), ("random", other), ("next class", 1)):
             given_labels = (truth[rows] + np.where(wrong, by, 0)) % len(classes)
             verdict = judge_labels(
@@ -393,6 +395,7 @@ def _stopped(given: World, pool: LabelledPictures) -> dict[str, float]:
                 old_embeddings=old,
                 old_labels=given.memory.labels.numpy(),
                 adapted=adapted and functools.cache(adapted),
+                aligned=aligned,
             )
             stops[kind].append(verdict.stop)
     return {kind: float(np.mean(found)) for kind, found in stops.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,7 @@ from browser import open_tab
 from playwright.sync_api import Page
 from worlds import free
 
+from flows.package import Lineage, Package
 from flows.registry import Registry
 from flows.settings import load_settings
 
@@ -146,6 +149,61 @@ def test_watch_again_has_nothing_to_do(told: tuple[Path, str]) -> None:
     registry = Registry(load_settings(Path(path), environ={}))
     assert [v.number for v in registry.versions()] == [1, 2]
     assert registry.alias("champion") == 1
+
+
+@pytest.mark.nightly
+def test_an_emitted_policy_behaves_as_replayed(told: tuple[Path, str], registry: Registry) -> None:
+    """Of two policies replayed on the demo's feed one is emitted, and retrains as replayed."""
+    folder, demo = told[0], told[0] / "demo"
+    policies = {"eager": '"drift"', "patient": "{ fresh_labels = 5000 }"}
+    command = ["backtest", "-s", str(demo / "sustain.toml"), "--oracle-times", "0"]
+    for name, when in policies.items():
+        (folder / f"{name}.toml").write_text(f"[policy]\nretrain_when = {when}\n")
+        command += ["--policy", f"{name}.toml"]
+    best = demo / "best.toml"
+    said = sustain(*command, "--choose", "eager", "--emit", str(best), cwd=folder)
+    assert all(name in said for name in policies)
+    experiment = registry.client.get_experiment_by_name("sustain/digits/backtest")
+    runs = registry.client.search_runs([experiment.experiment_id])
+    replayed = {run.info.run_name: run.data.metrics for run in runs}
+    assert replayed["patient"]["retrainings"] == 0
+
+    lived = deploy(registry, best, folder / "live")
+    first, *made = lived.versions()
+    assert len(made) == replayed["eager"]["retrainings"] == 1
+    learned = set(lived.learned(made[0])["sample_id"]) - set(lived.learned(first)["sample_id"])
+    assert len(learned) == replayed["eager"]["labels_used"]
+    cause = lived.check_record(made[0].tags["cause_check"]).key.batch_id
+    assert "promoted_at" in made[0].tags
+    assert f" at {cause}: promoted." in best.read_text()
+    assert lived.alias("champion") == made[0].number
+
+
+def deploy(demo: Registry, emitted: Path, folder: Path) -> Registry:
+    """Let emitted settings watch over the demo's feed from its first version on, as it came."""
+    (folder / "feed").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    path = shutil.copy(emitted, folder / "sustain.toml")
+    registry, first = Registry(load_settings(path, environ={})), demo.version(1)
+    parts = (demo.network(first), demo.reference(first), demo.memory(first), demo.learned(first))
+    run = registry.begin_training("first", {})
+    package = Package(*parts, Lineage(None, "the demo's", {}, "", ""))
+    version = registry.register(package, key="first", run_id=run, tags={"verdict": "first"})
+    registry.end_run(run)
+    registry.move_champion(version, by="bootstrap", why="the first", now=datetime.now(UTC))
+    labels = demo.settings.root / "labels" / "optical.csv"
+    labelled = datetime.fromtimestamp(labels.stat().st_mtime, UTC)
+    batches = demo.view.batches()
+    for late in (False, True):
+        for batch in (one for one in batches if (one.arrived > labelled) == late):
+            arrived = shutil.copytree(batch.url, folder / "feed" / batch.id)
+            for file in arrived.iterdir():
+                file.touch()
+        sustain("watch", "-s", str(path), cwd=folder)
+        if not late:
+            shutil.copy(labels, folder / "labels" / labels.name)
+            sustain("watch", "-s", str(path), cwd=folder)
+    return registry
 
 
 def test_the_uis_show_what_was_made(told: tuple[Path, str]) -> None:

@@ -2,7 +2,7 @@
 
     python kill_driver.py FOLDER      (then one JSON request a line on standard input)
 
-With KILL_POSTGRES=FOLDER:PORT of a server, MLflow's records are in its databases, not in a file.
+With KILL_POSTGRES set, MLflow's records are in a PostgreSQL of its own, not in a file.
 
 Everything slow is imported once, before any thread, event loop or database engine exists; each
 command then runs in a child of its own, forked from here. The children, not production code, wrap
@@ -25,6 +25,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,12 +39,13 @@ import prefect.flow_engine
 import prefect.task_engine
 import pyarrow.dataset  # noqa: F401 - and pandas this one
 import torch._dynamo
+from faults import kept
 from mlflow import MlflowClient
 from mlflow.utils import requirements_utils
 from PIL import Image
 from sqlalchemy import Engine, NullPool, create_engine, event, text
 from sqlalchemy.orm import configure_mappers
-from stores import Postgres
+from stores import Postgres, postgres
 from worlds import free
 
 import flows.bootstrap
@@ -89,6 +91,8 @@ max_drop_bound = 0.4
 max_class_drop = 0.9
 """
 CHILD_SECONDS = 180.0
+AHEAD = re.compile(r" The last \w+ is dated [\d.]+ hours in the future, .*?one is behind\.")
+"""What a decision says, rightly, when the clock of the run before it was ahead."""
 WRITING = ("create_", "log_", "set_", "delete_", "update_", "restore_", "rename_", "transition_")
 
 
@@ -526,6 +530,7 @@ def read_book(world: World) -> dict[str, Any]:
     runs = [r for kind in ("check", "training") for r in registry._runs(kind, {})]
     champion = registry.alias(CHAMPION)
     return {
+        "kept": sorted(kept(settings)) if champion else [],
         "versions": {str(v.number): _version(registry, v) for v in versions},
         "aliases": {name: registry.alias(name) for name in (CHAMPION, CHALLENGER)},
         "model tags": {
@@ -536,7 +541,8 @@ def read_book(world: World) -> dict[str, Any]:
         ],
         "checks": [
             [
-                *(c.key.champion, c.key.batch_id, c.key.digest, c.finished, c.action, c.reason),
+                *(c.key.champion, c.key.batch_id, c.key.digest, c.finished, c.action),
+                AHEAD.sub("", c.reason),
                 *(c.tags.get(t) for t in ("sustain.settled", "sustain.fresh", "sustain.regime")),
                 {k: round(v, 6) for k, v in sorted(c.metrics.items())},
                 _artifacts(registry, c.run_id),
@@ -554,9 +560,7 @@ def read_book(world: World) -> dict[str, Any]:
             for v in versions
         ],
         "fresh": (
-            make_plan(registry, settings, flows.retrain.datetime.now(flows.retrain.UTC))
-            .fresh.table.to_csv()
-            .splitlines()
+            make_plan(registry, settings, registry.now()).fresh.table.to_csv().splitlines()
             if champion
             else []
         ),
@@ -576,7 +580,8 @@ def _counted(runs: Any) -> dict[str, int]:
 
 def _plain(text: str) -> str:
     """Leave out what differs from run to run: ids of runs, and CPU time."""
-    return re.sub(r"[0-9a-f]{32}|CPU time [\d.]+|127\.0\.0\.1:\d+", "", text)
+    changing = r"[0-9a-f]{32}|CPU time [\d.]+|[\d.]+ CPU s|127\.0\.0\.1:\d+"
+    return re.sub(changing, "", text)
 
 
 def _version(registry: Registry, version: Any) -> dict[str, Any]:
@@ -755,6 +760,8 @@ def disturbed(
     failed = not child.answer.exists() or json.loads(child.answer.read_text())["error"]
     child.answer.unlink(missing_ok=True)
     world.ballast.unlink(missing_ok=True)
+    if world.postgres is not None:
+        world.postgres.revive()
     if fault == KILLED:
         server.start()
     again = run(world, scenario.command, environment, with_book=True)
@@ -859,10 +866,15 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
+    """Answer requests, beside a PostgreSQL if it is wanted."""
+    with ExitStack() as stack:
+        wanted = os.environ.get("KILL_POSTGRES")
+        server = stack.enter_context(postgres()) if wanted else None
+        answer_all(World(Path(sys.argv[1]).resolve(), server))
+
+
+def answer_all(world: World) -> None:
     """Answer requests until standard input ends."""
-    stated = os.environ.get("KILL_POSTGRES", "")
-    postgres = Postgres(Path(stated.split(":")[0]), int(stated.split(":")[1])) if stated else None
-    world = World(Path(sys.argv[1]).resolve(), postgres)
     warm_up()
     prepare(world)
     sys.stdout.write("ready\n")

@@ -1,49 +1,67 @@
 """The failure matrix: after each fault, and the command again, the registry is as after none.
 
+Each fault is tried with MLflow's records (and Prefect's, where its server takes part) in SQLite and
+in PostgreSQL; where it is not, the table says so.
+
 | fault | test |
 |---|---|
-| `kill -9` of a flow, at each write | test_kill.py, `test_killed_anywhere_and_run_again` |
+| `kill -9` of a flow, at each write | test_kill.py, `test_killed_anywhere_and_run_again` (SQLite) |
 | the same on PostgreSQL | here, `test_killed_on_postgres` |
+| `kill -9` of a flow, its worker, or both | here, `test_killed_under_a_worker` |
+| a run left RUNNING by a dead worker | the same test, and tests/e2e/test_up.py |
 | `kill -9` of MLflow's server, and back, now or later | here, `test_mlflow_is_killed` |
 | `kill -9` of Prefect's server, and back | here, `test_prefect_is_killed` |
-| a full disk | here, `test_faults_within_a_command`; with a limit on files, test_kill.py |
-| PostgreSQL restarted | here, `test_faults_within_a_command` |
+| a full disk | here, `test_faults_within_a_command` |
+| PostgreSQL restarted | here, `test_faults_within_a_command` (PostgreSQL) |
 | the bucket refuses, then not | here, `test_the_bucket_goes_away` |
-| a batch that grows while it is read | test_kill.py, `test_other_faults`; test_feed.py |
-| a clock that jumps | here, `test_faults_within_a_command`; test_kill.py, test_registry.py |
-| two watchers, or two retrainings, at once | test_kill.py, `test_two_at_once` |
-| a label file replaced while it is read | test_kill.py, `test_other_faults`; test_storage.py |
-| a command held up while another does its work | test_kill.py, `test_overtaken_at_any_write` |
+| a batch that grows while it is read | here, `test_the_data_changes`; test_feed.py |
+| a clock that jumps | here, `test_faults_within_a_command`; test_registry.py |
+| two watchers, or two retrainings, at once | test_kill.py; here, `test_two_at_once_on_postgres` |
+| a label file replaced while it is read | here, `test_the_data_changes`; test_storage.py |
+| a command held up while another works | test_kill.py, `test_overtaken_at_any_write` (SQLite) |
 
-What needs minutes is marked `nightly`; `make test-nightly` runs it.
+What needs minutes is marked `nightly`; `make test-nightly` runs it, and writes the table of faults.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import Drivers, complaint, report
-from stores import Bucket, Postgres
-from worlds import free, make_world
+from deployed import ask, marked
+from faults import count, counted, kept
+from kills import DRIVERS, Drivers, complaint, lost, report
+from stores import POSTGRES, STORES, Bucket, Postgres
+from worlds import World, free, make_world
 
+from flows.deploy import deploy
 from flows.registry import Registry
 from flows.servers import start_prefect, stop, wait_until_healthy
 from flows.storage import FeedError
 from flows.watch import watch
 
 ANYWHERE = bool(os.environ.get("KILL_ALL"))
-SOME = 12
+SOME = int(os.environ.get("KILL_SOME", "12"))
 """Boundaries of a command at which each fault is tried, spread evenly; all with KILL_ALL."""
 WITHIN = ("the disk is full", "the clock goes back a day", "the clock goes on a day")
-BACK = ("MLflow is killed", "MLflow is killed, and back")
+DISK_MB = 500
+"""Of each world; PostgreSQL's programs and records are on it too."""
+PATIENCE = 600.0
+FREED_WITHIN = 180.0
+"""Seconds after which a run that a dead worker left RUNNING must be over."""
 root_only = pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
 
 
@@ -55,67 +73,137 @@ def spread(boundaries: list[str]) -> list[tuple[int, str]]:
     return [numbered[round(i * (len(numbered) - 1) / (SOME - 1))] for i in range(SOME)]
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgres"])
-def drivers(
-    tmp_path_factory: pytest.TempPathFactory, prefect_server: str, request: pytest.FixtureRequest
-) -> Iterator[Drivers]:
-    """Worlds on a small disk of their own, with MLflow's records in a file or in PostgreSQL."""
-    folder = tmp_path_factory.mktemp(f"failures-{request.param}")
-    more = {}
-    if request.param == "postgres":
-        server: Postgres = request.getfixturevalue("postgres_server")
-        more["KILL_POSTGRES"] = f"{server.folder}:{server.port}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "tmpfs", str(folder)], check=True)
+@pytest.fixture(scope="module", params=STORES)
+def drivers(prefect_server: str, request: pytest.FixtureRequest) -> Iterator[Drivers]:
+    """Worlds that each have a small disk of their own, PostgreSQL's records on it too."""
+    folder = Path(tempfile.mkdtemp(prefix="sustain-failures-"))
+    folder.chmod(0o755)  # PostgreSQL does not run as root
+    disks = [folder / f"world-{number}" for number in range(DRIVERS)]
+    for disk in disks:
+        disk.mkdir()
+        small = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(disk)]
+        subprocess.run(small, check=True)
     try:
-        found = Drivers(folder, prefect_server, more)
+        found = Drivers(folder, prefect_server, request.param)
         yield found
         found.close()
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        for disk in disks:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def try_all(
-    drivers: Drivers, scenario: str, faults: tuple[str, ...], case: str = "disturbed"
+    drivers: Drivers,
+    node: pytest.Item,
+    scenario: str,
+    fault: str,
+    *,
+    case: str = "disturbed",
 ) -> None:
-    """Let each fault happen at some boundaries of a command, and complain of all at once."""
+    """Let a fault (with "" the case's own) happen at some boundaries; complain of all at once."""
     undisturbed = drivers.ask("undisturbed", scenario).result()
     assert "boundaries" in undisturbed, undisturbed
-    asked: dict[str, Future[dict[str, Any]]] = {}
-    for at, where in spread(undisturbed["boundaries"]):
-        for fault in faults:
-            more = {"fault": fault} if fault else {}
-            asked[f"{fault} {where}"] = drivers.ask(case, scenario, at=at, **more)
-    complaints = {what: complaint(one.result(), undisturbed) for what, one in asked.items()}
+    more = {"fault": fault} if fault else {}
+    asked: dict[str, Future[dict[str, Any]]] = {
+        where: drivers.ask(case, scenario, at=at, **more)
+        for at, where in spread(undisturbed["boundaries"])
+    }
+    complaints, outcomes = {}, []
+    for where, future in asked.items():
+        complaints[where] = complaint(answer := future.result(), undisturbed)
+        outcomes.append((not complaints[where], lost(answer, undisturbed)))
+    count(node, fault or "a flow is killed at a write", drivers.store, outcomes)
     assert not any(complaints.values()), report(complaints)
 
 
 @root_only
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-def test_faults_within_a_command(drivers: Drivers, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("drivers", "fault"),
+    [*product(STORES, WITHIN), (POSTGRES, "PostgreSQL restarts")],
+    indirect=["drivers"],
+)
+def test_faults_within_a_command(
+    fault: str, drivers: Drivers, request: pytest.FixtureRequest
+) -> None:
     """The disk is full, the clock jumps, the database goes: all that was to be done is done."""
-    on_postgres = "postgres" in request.node.name
-    try_all(drivers, "chain", (*WITHIN, *(("PostgreSQL restarts",) if on_postgres else ())))
+    try_all(drivers, request.node, "chain", fault)
 
 
 @root_only
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-def test_mlflow_is_killed(drivers: Drivers) -> None:
+@pytest.mark.parametrize("fault", ["MLflow is killed", "MLflow is killed, and back"])
+def test_mlflow_is_killed(fault: str, drivers: Drivers, request: pytest.FixtureRequest) -> None:
     """MLflow's server dies at a write, and is back at once, or when the command has given up."""
-    try_all(drivers, "served", BACK)
+    try_all(drivers, request.node, "served", fault)
 
 
 @root_only
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("drivers", [POSTGRES], indirect=True)
 @pytest.mark.parametrize("scenario", ["chain", "moved"])
 def test_killed_on_postgres(
     scenario: str, drivers: Drivers, request: pytest.FixtureRequest
 ) -> None:
     """As test_kill.py has it on SQLite, with MLflow's records in PostgreSQL."""
-    if "postgres" in request.node.name:
-        try_all(drivers, scenario, ("",), case="killed")
+    try_all(drivers, request.node, scenario, "", case="killed")
+
+
+@root_only
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("drivers", [POSTGRES], indirect=True)
+@pytest.mark.parametrize(("scenario", "seconds"), [("chain", 0.0), ("retrain", 0.7)])
+def test_two_at_once_on_postgres(
+    scenario: str, seconds: float, drivers: Drivers, request: pytest.FixtureRequest
+) -> None:
+    """As test_kill.py has it on SQLite: one champion, and one version for the key."""
+    undisturbed = drivers.ask("undisturbed", scenario).result()
+    answer = drivers.ask("together", scenario, seconds=seconds).result()
+    wrong = complaint(answer, undisturbed, leave=("ended runs",))
+    missing = lost(answer, undisturbed)
+    count(request.node, "two commands at once", drivers.store, [(not wrong, missing)])
+    assert not wrong, wrong
+
+
+@root_only
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("fault", "scenario", "within", "as_if"),
+    [
+        ("the batch grows", "check", "(create_run", "grown"),
+        ("labels are replaced", "chain", "", "chain"),
+        ("no file grows", "chain", "(log_artifacts model", "chain"),
+    ],
+)
+def test_the_data_changes(
+    fault: str,
+    scenario: str,
+    within: str,
+    as_if: str,
+    drivers: Drivers,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A batch or a file of labels changes while it is read, or no file can grow: as if it had not.
+
+    The check of what a batch was before it grew is on record, as failed.
+    """
+    boundaries = drivers.ask("undisturbed", scenario).result()["boundaries"]
+    at = next(n for n, where in enumerate(boundaries) if within in where) if within else None
+    answer = drivers.ask("disturbed", scenario, fault=fault, at=at).result()
+    undisturbed = drivers.ask("undisturbed", as_if).result()
+    if fault == "the batch grows":
+        finished = [check for check in answer["book"]["checks"] if check[3]]
+        assert len(finished) == len(answer["book"]["checks"]) - 1
+        answer["book"]["checks"] = finished
+    wrong = complaint(answer, undisturbed)
+    count(request.node, fault, drivers.store, [(not wrong, lost(answer, undisturbed))])
+    assert not wrong, wrong
 
 
 def facts(registry: Registry) -> dict[str, Any]:
@@ -131,12 +219,50 @@ def facts(registry: Registry) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Calm:
+    """What an undisturbed watch leaves on record, and what of its batches and labels."""
+
+    facts: dict[str, Any]
+    kept: set[str]
+
+
+def calm_world(folder: Path, *batches: int) -> Calm:
+    """Let nothing happen to a watch of some labelled batches."""
+    world = make_world(folder, "calm")
+    world.arrive(*batches, labelled=True)
+    watch(str(world.path))
+    return Calm(facts(Registry(world.settings)), kept(world.settings))
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Calm:
+    """Watch two labelled batches, undisturbed, with the records in SQLite."""
+    assert prefect_server
+    return calm_world(tmp_path_factory.mktemp("calm") / "world", 0, 1)
+
+
+def world_in(
+    store: str, request: pytest.FixtureRequest, folder: Path, name: str, extra: str = ""
+) -> World:
+    """Make a world whose MLflow has its records in a store."""
+    if store == POSTGRES:
+        server: Postgres = request.getfixturevalue("postgres_server")
+        server.run(f"CREATE DATABASE {name}")
+        extra += f'\n[servers]\nmlflow = "{server.url(name)}"\n'
+    return make_world(folder, name, extra)
+
+
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("store", STORES)
 def test_the_bucket_goes_away(
+    store: str,
     tmp_path: Path,
     bucket_server: Bucket,
     prefect_server: str,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     """It is gone while the second of three batches is read, and comes back: no batch is lost."""
     import fsspec
@@ -146,84 +272,213 @@ def test_the_bucket_goes_away(
     assert prefect_server
     for name, value in bucket_server.environment.items():
         monkeypatch.setenv(name, value)
-    calm = make_world(tmp_path / "calm", "bucket")
-    feed = '\n[feed]\nurl = "s3://sustain/away/feed"\nlabels = "s3://sustain/away/labels"\n'
-    world = make_world(tmp_path / "away", "bucket", feed)
-    for one in (calm, world):
-        one.arrive(0, 1, 2, labelled=True)
+    calm = calm_world(tmp_path / "calm", 0, 1, 2)
+    place = f"s3://sustain/{store}"
+    feed = f'\n[feed]\nurl = "{place}/feed"\nlabels = "{place}/labels"\n'
+    world = world_in(store, request, tmp_path / "away", f"away_{store.lower()}", feed)
+    world.arrive(0, 1, 2, labelled=True)
     there = fsspec.filesystem("s3")
     for name in ("feed", "labels"):
-        there.put(f"{world.path.parent / name}/", f"sustain/away/{name}/", recursive=True)
-    watch(str(calm.path))
+        there.put(f"{world.path.parent / name}/", f"{place}/{name}/", recursive=True)
     read = flows.check.read_batch
-    count = 0
+    times = 0
 
     def refused(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 2:
+        nonlocal times
+        times += 1
+        if times == 2:
             bucket_server.stop()
         return read(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(flows.check, "read_batch", refused)
-        with pytest.raises(FeedError, match="cannot be listed"):
-            watch(str(world.path))
-    assert [c.key.batch_id for c in Registry(world.settings).checks(1)] == ["optical-01"]
-    bucket_server.start()
-    watch(str(world.path))
-    assert facts(Registry(world.settings)) == facts(Registry(calm.settings))
+    fault = "the bucket refuses"
+    with counted(request.node, fault, store, world.settings, calm.kept):
+        with monkeypatch.context() as patch:
+            patch.setattr(flows.check, "read_batch", refused)
+            try:
+                with pytest.raises(FeedError, match="cannot be listed"):
+                    watch(str(world.path))
+            finally:
+                bucket_server.start()
+        checked = [c.key.batch_id for c in Registry(world.settings).checks(1)]
+        assert checked == ["optical-01"]
+        watch(str(world.path))
+        assert facts(Registry(world.settings)) == calm.facts
+
+
+@dataclass
+class Mortal:
+    """A Prefect server on a store, to be killed and started again, and workers of it."""
+
+    store: str
+    home: Path
+    environment: dict[str, str]
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def api(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    def begin(self) -> None:
+        """Start it, unless it lives."""
+        if self.process is None:
+            self.process = start_prefect(self.port, self.home, environment=self.environment)
+            wait_until_healthy(f"{self.api}/health", "Prefect", [self.process], self.home)
+
+    def kill(self) -> None:
+        """Kill it, and all that it started, as kill -9 does."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Let flows and clients in this process ask this server."""
+        from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: self.api, PREFECT_HOME: self.home}):
+            yield
+
+    def worker(self, pool: str) -> subprocess.Popen[bytes]:
+        """Start a worker; it and its flows carry a mark, WORKER_TEST=pool."""
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool]
+        with (self.home / f"{pool}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--type", "process", "--install-policy", "never"],
+                env={**self.environment, "PREFECT_API_URL": self.api, "WORKER_TEST": pool},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+
+@pytest.fixture(scope="module", params=STORES)
+def mortal(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mortal]:
+    """Serve Prefect, with its records in each store."""
+    home = tmp_path_factory.mktemp("mortal")
+    environment = {**os.environ, "PREFECT_HOME": str(home)}
+    if request.param == POSTGRES:
+        server: Postgres = request.getfixturevalue("postgres_server")
+        server.run("CREATE DATABASE mortal")
+        url = server.url("mortal", driver="+asyncpg")
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
+    found = Mortal(request.param, home, environment, free())
+    try:
+        yield found
+    finally:
+        if found.process is not None:
+            stop([found.process])
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("step", ["begin_check", "end_run", "register", "move_champion"])
 def test_prefect_is_killed(
     step: str,
-    kind: str,
+    mortal: Mortal,
+    calm: Calm,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prefect's server dies at a step, comes back when the flow has ended: the next run goes on."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+    mortal.begin()
+    with mortal.asked():
+        world = world_in(mortal.store, request, tmp_path / "killed", f"killed_{step}")
+        world.arrive(0, 1, labelled=True)
+        method = getattr(Registry, step)
 
-    home, port = tmp_path / "prefect", free()
-    monkeypatch.setenv("PREFECT_HOME", str(home))
-    if kind == "postgres":
-        server: Postgres = request.getfixturevalue("postgres_server")
-        server.run(f"CREATE DATABASE killed_{step}")
-        url = server.url(f"killed_{step}", driver="+asyncpg")
-        monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", url)
-    api = f"http://127.0.0.1:{port}/api"
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            mortal.kill()
+            return method(*args, **kwargs)
 
-    def begin() -> subprocess.Popen[bytes]:
-        process = start_prefect(port, home)
-        wait_until_healthy(f"{api}/health", "Prefect", [process], home)
-        return process
-
-    running = begin()
-    try:
-        with temporary_settings({PREFECT_API_URL: api, PREFECT_HOME: home}):
-            calm, world = (make_world(tmp_path / name, "killed") for name in ("calm", "killed"))
-            for one in (calm, world):
-                one.arrive(0, 1, labelled=True)
-            watch(str(calm.path))
-            method = getattr(Registry, step)
-
-            def killed(*args: Any, **kwargs: Any) -> Any:
-                if running.poll() is None:
-                    os.killpg(running.pid, signal.SIGKILL)
-                    running.wait()
-                return method(*args, **kwargs)
-
+        fault = "Prefect is killed, and back"
+        with counted(request.node, fault, mortal.store, world.settings, calm.kept):
             with monkeypatch.context() as patch:
                 patch.setattr(Registry, step, killed)
                 with suppress(Exception):  # it may go on without the server
                     watch(str(world.path))
-            assert running.poll() is not None
-            running = begin()
+            assert mortal.process is None
+            mortal.begin()
             watch(str(world.path))
-            assert facts(Registry(world.settings)) == facts(Registry(calm.settings))
-    finally:
-        stop([running])
+            assert facts(Registry(world.settings)) == calm.facts
+
+
+def wait_for(what: str, look: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """Return the first answer that is not empty."""
+    end = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < end, f"no {what} within {seconds:.0f} s"
+        time.sleep(0.2)
+    return seen
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("victim", "kind"),
+    [
+        ("a scheduled run is", "check"),
+        ("a worker is", "training"),
+        ("a worker and its run are", "check"),
+        ("a worker and its run are", "training"),
+    ],
+)
+def test_killed_under_a_worker(
+    victim: str,
+    kind: str,
+    mortal: Mortal,
+    calm: Calm,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """In under 3 minutes no run is left RUNNING, and the schedule alone ends as undisturbed.
+
+    The server is that of the tests before: other models with the same data and settings.
+    """
+    mortal.begin()
+    name = f"{victim}_{kind}".replace(" ", "_")
+    extra = "\n[schedule]\nwatch = 10\nprune = ''\nreconcile = ''\n"
+    with mortal.asked():
+        world = world_in(mortal.store, request, tmp_path / "world", name, extra)
+        world.arrive(0, 1, labelled=True)
+        deploy([world.settings], name)
+    registry = Registry(world.settings)
+
+    def runs(*states: str) -> list[str]:
+        body = {
+            "flow_runs": {"state": {"type": {"any_": states}}, "tags": {"all_": [f"model:{name}"]}}
+        }
+        return [one["id"] for one in ask(mortal.api, "/flow_runs/filter", body)]
+
+    def flows() -> list[int]:
+        return [p for p, line in marked(f"WORKER_TEST={name}").items() if "engine" in line]
+
+    with counted(request.node, f"{victim} killed", mortal.store, world.settings, calm.kept):
+        workers = [mortal.worker(name)]
+        try:
+            wait_for(kind, lambda: list(registry._open_runs(kind)))
+            struck, running = flows(), runs("RUNNING")
+            assert struck
+            assert running
+            if "worker" in victim:
+                os.kill(workers[0].pid, signal.SIGKILL)
+            if "run" in victim:
+                for process in struck:
+                    os.kill(process, signal.SIGKILL)
+            if "worker" in victim:
+                workers.append(mortal.worker(name))
+            wait_for("end", lambda: not {*running} & {*runs("RUNNING")}, FREED_WITHIN)
+            wait_for("champion", lambda: registry.alias("champion") == 2)
+            wait_for("rest", lambda: not list(registry._open_runs("training")))
+        finally:
+            stop(workers)
+            for process in marked(f"WORKER_TEST={name}"):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            with mortal.asked():
+                deploy([], name)
+        assert facts(registry) == calm.facts

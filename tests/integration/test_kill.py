@@ -18,21 +18,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from kills import Cases, Drivers, complaint, report
+from faults import count
+from kills import Cases, Drivers, complaint, lost, report
+from stores import SQLITE
 
 pytestmark = pytest.mark.timeout(
     1800
 )  # of the first test: it waits for its cases on a busy machine
 EVERYTHING = bool(os.environ.get("KILL_ALL"))
-OTHER = (
-    ("check", "the batch grows", "(create_run"),
-    ("chain", "labels are replaced", ""),
-    ("chain", "no file grows", "(log_artifacts model"),
-    ("chain", "the clock goes back a day", "(set_terminated"),
-    ("served", "MLflow is killed", "(create_model_version"),
-    ("served", "MLflow is killed, and back", "(set_terminated"),
-)
-"""What else may go wrong: in which command, what, and at which boundary ("" is its start)."""
 DECIDE = ("create_model_version", "verdict", "champion", "alias", "terminated")
 """What is in the names of writes that others act on."""
 
@@ -137,10 +130,12 @@ def test_undisturbed_runs_do_what_the_scenarios_say(cases: dict[str, Cases]) -> 
 @pytest.mark.parametrize(
     "scenario", ["bootstrap", "check", "chain", "retrain", "refused", "rollback", "moved"]
 )
-def test_killed_anywhere_and_run_again(scenario: str, cases: dict[str, Cases]) -> None:
+def test_killed_anywhere_and_run_again(
+    scenario: str, cases: dict[str, Cases], request: pytest.FixtureRequest
+) -> None:
     """Killed at any write, or within training, the same command again ends the same."""
     case = cases[scenario]
-    complaints = {}
+    complaints, outcomes = {}, []
     for where, future in case.kills.items():
         answer = future.result()
         not_killed = "" if answer.get("killed", True) else "it was not killed"
@@ -149,6 +144,8 @@ def test_killed_anywhere_and_run_again(scenario: str, cases: dict[str, Cases]) -
         least = {"books": case.undisturbed["books"][:1]}
         wanted = least if scenario == "rollback" and not done else case.undisturbed
         complaints[where] = not_killed or complaint(answer, wanted)
+        outcomes.append((not complaints[where], lost(answer, wanted)))
+    count(request.node, "a flow is killed at a write", SQLITE, outcomes)
     assert not any(complaints.values()), report(complaints)
 
 
@@ -161,15 +158,17 @@ def test_killed_while_the_report_is_written(drivers: Drivers, cases: dict[str, C
     assert not complaint(answer, cases["chain"].undisturbed)
 
 
-def test_overtaken_at_any_write(cases: dict[str, Cases]) -> None:
+def test_overtaken_at_any_write(cases: dict[str, Cases], request: pytest.FixtureRequest) -> None:
     """A retraining that stands still while another does it all adds nothing and breaks nothing."""
     case = cases["retrain"]
-    complaints = {}
+    complaints, outcomes = {}, []
     for where, future in case.overtakings.items():
         answer = future.result()
         not_held = "" if answer.get("held", True) else "it was not held"
         # two trainings may end; one version is made
         complaints[where] = not_held or complaint(answer, case.undisturbed, leave=("ended runs",))
+        outcomes.append((not complaints[where], lost(answer, case.undisturbed)))
+    count(request.node, "a retraining is overtaken", SQLITE, outcomes)
     assert not any(complaints.values()), report(complaints)
 
 
@@ -183,34 +182,16 @@ def test_overtaken_at_any_write(cases: dict[str, Cases]) -> None:
     ],
 )
 def test_two_at_once(
-    scenario: str, seconds: float, drivers: Drivers, cases: dict[str, Cases]
+    scenario: str,
+    seconds: float,
+    drivers: Drivers,
+    cases: dict[str, Cases],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Two retrainings or two watchers at once end with one champion and one version for the key."""
     answer = drivers.ask("together", scenario, seconds=seconds).result()
-    wrong = complaint(answer, cases[scenario].undisturbed, leave=("ended runs",))
+    undisturbed = cases[scenario].undisturbed
+    wrong = complaint(answer, undisturbed, leave=("ended runs",))
+    outcome = (not wrong, lost(answer, undisturbed))
+    count(request.node, "two commands at once", SQLITE, [outcome])
     assert not wrong, wrong
-
-
-@pytest.mark.nightly
-def test_other_faults(drivers: Drivers) -> None:
-    """A batch or labels change under a watch, no file can grow, the clock jumps, MLflow dies.
-
-    Each once; test_failures.py, which is run at night, has more of each.
-    """
-    names = {"grown", *(scenario for scenario, _, _ in OTHER)}
-    calm = {name: drivers.ask("undisturbed", name) for name in names}
-    asked = {}
-    for scenario, fault, kind in OTHER:
-        boundaries = calm[scenario].result()["boundaries"]
-        at = next(n for n, where in enumerate(boundaries) if kind in where) if kind else None
-        asked[fault] = scenario, drivers.ask("disturbed", scenario, fault=fault, at=at)
-    complaints = {}
-    for fault, (scenario, future) in asked.items():
-        answer = future.result()
-        wanted = calm["grown" if fault == "the batch grows" else scenario].result()
-        if fault == "the batch grows":  # the check of what it was before is on record, as failed
-            finished = [check for check in answer["book"]["checks"] if check[3]]
-            assert len(finished) == len(answer["book"]["checks"]) - 1
-            answer["book"]["checks"] = finished
-        complaints[fault] = complaint(answer, wanted)
-    assert not any(complaints.values()), report(complaints)

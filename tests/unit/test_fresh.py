@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from flows.feed import list_batches
-from flows.fresh import Labels, fresh_set, gather_labels, held_out_labels, retrain_key
+from flows.fresh import (
+    FreshSet,
+    Labels,
+    fresh_set,
+    gather_labels,
+    held_out_labels,
+    labels_needed,
+    retrain_key,
+)
 from flows.settings import Settings, load_settings
 from sft.dataset import Role, role_of
 from sft.tasks import MultiLabel, Regression
@@ -41,6 +49,21 @@ def test_learned_labels_are_not_fresh() -> None:
     """A label is fresh until the lineage has learned it."""
     fresh = fresh_set(labels(a="x", b="y"), learned(("a", "x")))
     assert list(fresh.table["sample_id"]) == ["b/b"]
+
+
+def test_the_more_accuracy_fell_the_fewer_labels_show_that_it_is_regained(
+    settings: Settings,
+) -> None:
+    """Never more than without knowing the fall, and never fewer than the gate and policy ask."""
+    new = FreshSet(labels(**{f"n{i}": "x" for i in range(120)}).table)
+    all_ = FreshSet(labels(**{f"n{i}": "x" for i in range(600)}).table)
+    needed = [labels_needed(all_, settings, new, fall) for fall in (0.0, 0.05, 0.3, 0.4, 0.6)]
+    assert needed == sorted(needed, reverse=True)
+    assert needed[0] == needed[1] == labels_needed(new, settings) > needed[2] > needed[3]
+    assert needed[-1] == len(new), "120 labels show that half of .6 was regained"
+    assert labels_needed(new, settings, new, 0.6) > len(new), "the gate holds out 100 in all"
+    few = FreshSet(new.table[:50])
+    assert labels_needed(all_, settings, few, 0.9) == settings.policy.min_labels
 
 
 def test_a_corrected_label_is_fresh() -> None:

@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from samples import bomb, names, parquet, picture, read, reasons, write
 
 from flows.feed import BatchNotReady, FeedSettings
-from flows.intake import TooManyBad
+from flows.intake import BatchData, TooManyBad
 
 
 def test_bad_samples_are_quarantined_with_their_reason(root: Path) -> None:
@@ -34,6 +35,34 @@ def test_bad_samples_are_quarantined_with_their_reason(root: Path) -> None:
         "b/large.bmp": f"too large: {len(picture(3, 'BMP')) + 5000} bytes > max_bytes=4000",
         "b/pipe.png": "not a regular file",
     }
+
+
+def test_what_was_read_comes_back_from_files(root: Path, tmp_path: Path) -> None:
+    """The same samples, pictures and notes, and of them those that are wanted."""
+    write(
+        root / "feed/b",
+        {
+            **{f"{place}.png": picture(place) for place in range(3)},
+            "cut.jpg": picture(3, "JPEG")[:400],
+            "notes.txt": "x",
+            "metadata.jsonl": "\n".join(
+                f'{{"file_name": "{place}.png", "label": "cat", "camera": {camera}}}'
+                for place, camera in enumerate(("1.5", "2", "null"))
+            ),
+        },
+    )
+    data = read(root)
+    data.save(tmp_path / "kept")
+    again = BatchData.load(tmp_path / "kept", data.batch)
+    assert names(again) == names(data) == ["b/0.png", "b/1.png", "b/2.png"]
+    assert torch.equal(again.pixels[:], data.pixels)
+    assert (again.sizes, again.notes, again.about) == (data.sizes, data.notes, data.about)
+    assert again.quarantined == data.quarantined
+    assert again.samples["label"].tolist() == ["cat"] * 3
+    one = again.of({"b/1.png", "b/other.png"})
+    wanted = read(root, only={"b/1.png"})
+    assert (names(one), one.sizes, one.about) == (names(wanted), wanted.sizes, wanted.about)
+    assert torch.equal(one.pixels[:], wanted.pixels)
 
 
 def test_too_few_samples_are_not_ready(root: Path) -> None:

@@ -1,5 +1,6 @@
 """Late labels: every form of a file, and which label is in force."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_no_labels_yet(root: Path) -> None:
     table = labels(root)
     assert len(table.labels) == 0
     assert table.problems == ()
+
+
+def test_a_correction_counts_whatever_its_name(root: Path) -> None:
+    """The file that was written later corrects, also when its name sorts first."""
+    row = "sample_id,label\nb/x,"
+    write(root / "labels", {"b100.csv": row + "cat", "b100-corrected.csv": row + "dog"})
+    os.utime(root / "labels" / "b100.csv", (1_000, 1_000))
+    assert as_dict(labels(root)) == {"b/x": "dog"}
+    os.utime(root / "labels" / "b100-corrected.csv", (1_000, 1_000))
+    assert as_dict(labels(root)) == {"b/x": "cat"}, "of the same time, by name"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as reference
 
-from sft.pictures import BadPicture, Preprocessing, decode, encode_png, thumbnail
+from sft.pictures import BadPicture, Preprocessing, decode, decode_own, encode_png, thumbnail
 
 SMALL = Preprocessing(image_size=32)
 
@@ -181,7 +181,17 @@ def test_png_keeps_every_pixel(channels: int) -> None:
     pixels = torch.randint(0, 256, (channels, 32, 32), generator=generator, dtype=torch.uint8)
     stored = encode_png(pixels)
     assert torch.equal(decode(stored, Preprocessing(32, 32, channels)).pixels, pixels)
+    assert torch.equal(decode_own(stored, Preprocessing(32, 32, channels)), pixels)
     assert encode_png(pixels.clone()) == stored
+
+
+def test_what_is_not_our_own_is_decoded_as_strangers_are() -> None:
+    """A picture of another size is resized, one of another mode turned, a damaged one named."""
+    small = encoded(noise(16, 16))
+    seen = Preprocessing(32, 32, 1)
+    assert torch.equal(decode_own(small, seen), decode(small, seen).pixels)
+    with pytest.raises(BadPicture, match="truncated"):
+        decode_own(small[:100], Preprocessing(16, 16))
 
 
 def test_encode_png_names_a_wrong_shape() -> None:

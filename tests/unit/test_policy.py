@@ -12,10 +12,12 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from scipy import stats
 
+from monitoring.accuracy import Pooled
 from monitoring.policy import (
     Action,
     Decision,
     Evidence,
+    FreshFrom,
     FreshLabels,
     History,
     PolicySettings,
@@ -25,12 +27,18 @@ from monitoring.policy import (
     on_probation,
 )
 from monitoring.probation import Comparison, compare_pairs, count_pairs, paired_e_value
+from monitoring.triggers import Measure, measures, parse_trigger, rank_of
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 SETTINGS = PolicySettings(min_drop=0.05, min_labels=100, min_classes=2, cooldown_hours=24)
-HURT = Evidence("b", alarm=True, p_value=1e-6, alpha=0.01, estimated=0.7, reference=0.9)
+HURT = Evidence(
+    "b", True, p_value=1e-6, alpha=0.01, estimated=0.7, reference=0.9, estimated_high=0.75
+)
 QUIET = replace(HURT, alarm=False, p_value=0.4, estimated=0.9)
 SHIFTED = replace(HURT, estimated=0.88)
+DARK = Pooled(n_batches=1, n=60, accuracy=0.9, high=0.96, estimated=0.7, off_by_chance=0.13)
+ROSY = Pooled(n_batches=1, n=60, accuracy=0.7, high=0.81, estimated=0.9, off_by_chance=0.13)
+LARGE = Pooled(n_batches=10, n=600, accuracy=0.9, high=0.92, estimated=0.7, off_by_chance=0.04)
 LABELS = FreshLabels(n=150, classes=10)
 NOTHING = History()
 
@@ -111,6 +119,52 @@ def ago(hours: float) -> datetime:
         pytest.param(
             replace(HURT, settled=0.85, settled_n=60, settled_high=0.93), LABELS, NOTHING,
             "retrain", ["probably fell"], id="labels-that-fell-too-overrule-nothing",
+        ),
+        pytest.param(
+            replace(HURT, pooled=DARK), LABELS, NOTHING, "watch",
+            ["0.900 against 0.900", "0.700 before correction", "60 labels", "0.200 too dark"],
+            id="labels-of-its-drift-show-the-estimate-to-be-too-dark",
+        ),
+        pytest.param(
+            replace(HURT, estimated=0.6, pooled=DARK), LABELS, NOTHING, "watch",
+            ["0.800 against 0.900", "may look so by chance: more labels decide"],
+            id="a-corrected-fall-within-the-interval",
+        ),
+        pytest.param(
+            replace(HURT, estimated=0.4, estimated_high=0.45, pooled=DARK), LABELS, NOTHING,
+            "retrain", ["fell by 0.300, from 0.900 to 0.600"], id="a-corrected-fall-beyond-it",
+        ),
+        pytest.param(
+            replace(SHIFTED, pooled=ROSY), LABELS, NOTHING, "retrain",
+            ["accuracy on 60 labels of batches that rang is 0.700 (at most 0.810) against 0.900"],
+            id="labels-of-its-drift-show-a-fall",
+        ),
+        pytest.param(
+            replace(SHIFTED, estimated_high=0.89, pooled=replace(ROSY, accuracy=0.86, high=0.93)),
+            LABELS, NOTHING, "watch", ["0.840 against 0.900", "0.040 too rosy", "by chance"],
+            id="labels-of-its-drift-show-the-estimate-to-be-too-rosy",
+        ),
+        pytest.param(
+            replace(HURT, settled=0.76, settled_n=60, settled_high=0.86, pooled=DARK), LABELS,
+            NOTHING, "retrain", ["accuracy on 60 labels of it is 0.760"],
+            id="the-one-labelled-batch-looks-bad",
+        ),
+        pytest.param(
+            replace(HURT, settled=0.8, settled_n=60, settled_high=0.89, pooled=LARGE), LABELS,
+            NOTHING, "watch", ["not shown to hurt"], id="one-of-ten-looks-bad-by-chance",
+        ),
+        pytest.param(
+            replace(HURT, settled=0.7, settled_n=60, settled_high=0.81, pooled=LARGE), LABELS,
+            NOTHING, "retrain", ["accuracy on 60 labels of it is 0.700"],
+            id="one-of-ten-looks-worse-than-by-chance",
+        ),
+        pytest.param(
+            replace(SHIFTED, pooled=replace(ROSY, n=29)), LABELS, NOTHING, "watch", ["0.880"],
+            id="too-few-labels-to-correct",
+        ),
+        pytest.param(
+            replace(QUIET, pooled=ROSY), LABELS, NOTHING, "none", ["looks like"],
+            id="what-rang-tells-nothing-of-a-quiet-batch",
         ),
         pytest.param(
             replace(HURT, settled=0.88, settled_n=9000, settled_high=0.887), LABELS, NOTHING,
@@ -223,6 +277,7 @@ TWO_OF_THREE = """{{ at_least = 2, of = [
     "damage", {{ fresh_labels = {} }}, {{ days_since_training = 7 }}
 ] }}"""
 FOREIGN = replace(SHIFTED, novelty=0.6, believable=False)
+FAR = replace(QUIET, distance=0.3, distance_rank=0.8)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +314,15 @@ FOREIGN = replace(SHIFTED, novelty=0.6, believable=False)
         ("{ accuracy_below = 0.7 }", HURT, "watch", ["it hurts", "(limit 0.7)"]),
         ("{ accuracy_below = 0.75 }", SEEN, "watch", ["accuracy 0.800 on 300 labels"]),
         ("{ accuracy_below = 0.85 }", FOREIGN, "ask_for_labels", ["only labels can tell"]),
+        ("{ drift_distance_above = 0.3 }", FAR, "retrain", ["drift distance 0.300 (limit 0.3)"]),
+        ("{ drift_distance_above = 0.31 }", FAR, "none", ["Not due: drift distance 0.300 (limit"]),
+        ("{ drift_distance_above = 0.3 }", HURT, "watch", ["no drift distance is on record"]),
+        ("{ drift_distance_quantile = 0.8 }", FAR, "retrain", ["0.300, above 80% of the last 15"]),
+        ("{ drift_distance_quantile = 0.81 }", FAR, "none", ["(limit 0.81)"]),
+        (
+            "{ drift_distance_quantile = 0.8 }", replace(FAR, distance_rank=None), "none",
+            ["Not due: drift distance 0.300, with fewer than 5 earlier ones"],
+        ),
         # NOW is a Saturday noon; the last training was on Friday the 13th at noon
         ('{ schedule = "0 3 * * 0" }', QUIET, "retrain", ["scheduled for 2026-11-15 03:00 UTC"]),
         ('{ schedule = "0 12 13,21 * *" }', QUIET, "retrain", ["for 2026-11-21 12:00 UTC"]),
@@ -303,6 +367,22 @@ def test_triggers(when: str, evidence: Evidence, action: str, words: list[str]) 
     assert decision.action == Action(action), decision.reason
     for word in words:
         assert word in decision.reason
+
+
+def test_a_distance_is_ranked_among_the_last_ones() -> None:
+    """Of 20 distances the last 15 count; four are too few, and one that ties exceeds none."""
+    rising = [0.01 * place for place in range(20)]
+    assert rank_of(0.105, rising) == pytest.approx(6 / 15)
+    assert rank_of(1.0, rising[:5]) == 1
+    assert rank_of(1.0, rising[:4]) is None
+    assert rank_of(0.1, [0.1] * 15) == 0
+
+
+def test_what_a_trigger_looks_at_is_found_within_it() -> None:
+    """However deep a limit lies; a sign and a schedule have none."""
+    deep = {"any": ["drift", {"all": [{"fresh_labels": 1}, {"drift_distance_above": 0.3}]}]}
+    assert measures(parse_trigger(deep)) == {Measure.FRESH_LABELS, Measure.DISTANCE}
+    assert measures(parse_trigger({"schedule": "0 3 * * 0"})) == frozenset()
 
 
 @pytest.mark.parametrize("when", ["{ days_since_training = 7 }", '{ schedule = "0 3 * * 0" }'])
@@ -365,6 +445,8 @@ def test_obstacles_hold_for_every_trigger() -> None:
         ('{ samples_since_training = "many" }', "samples_since_training = 'many'"),
         ("{ days_since_training = nan }", "days_since_training = nan: a number of days over 0"),
         ("{ accuracy_below = 80 }", "accuracy_below = 80: a share between 0 and 1"),
+        ("{ drift_distance_above = 2 }", "drift_distance_above = 2: a distance over 0"),
+        ("{ drift_distance_quantile = 95 }", "drift_distance_quantile = 95: a share between"),
         ('{ any = [{ schedule = "0 3 * *" }] }', r"any\[0\].schedule = .*five fields"),
         ('{ schedule = "0 25 * * *" }', "no crontab line .Bad hour"),
         ('{ schedule = "0 0 31 2 *" }', "schedule = '0 0 31 2"),
@@ -385,11 +467,13 @@ def test_the_default_is_drift_and_damage() -> None:
     assert retraining(toml) == PolicySettings()
     again = {"retrain_when": PolicySettings().retrain_when}
     assert TypeAdapter(PolicySettings).validate_python(again) == PolicySettings()
+    assert "(after" not in describe(PolicySettings(fresh_from=FreshFrom.ALL))
     assert describe(PolicySettings()) == (
         "Retrains when the data changed and (accuracy is estimated to have fallen by 0.05 or more "
         "or labels show accuracy to have fallen by 0.05 or more), on at least 100 fresh labels of "
-        "2 classes; rolls back within 14 days of a promotion when the version before is shown to "
-        "be better by 0.025 or more (p at most 0.01)."
+        "2 classes (after an alarm those of batches from the first that rang on); rolls back "
+        "within 14 days of a promotion when the version before is shown to be better by 0.025 or "
+        "more (p at most 0.01)."
     )
 
 
@@ -406,6 +490,11 @@ def test_describe_says_every_limit() -> None:
         "not within 24 hours", "at most 3 times in 30 days", "never rolls back by itself",
     ):  # fmt: skip
         assert words in said
+    far = "{ any = [{ drift_distance_above = 0.3 }, { drift_distance_quantile = 0.95 }] }"
+    assert (
+        "the drift distance is 0.3 or more or the drift distance is above the quantile 0.95 of the "
+        "last 15 checks'"
+    ) in describe(retraining(far))
     assert describe(retraining('"never"')).startswith("Never retrains; rolls back within 14 days")
 
 

@@ -49,6 +49,16 @@ def test_the_template_explains_every_key() -> None:
     }
 
 
+def test_a_trigger_that_nothing_measures_is_refused(tmp_path: Path) -> None:
+    """A drift distance is the test mmd's: without it the trigger would never be met."""
+    model = '[model]\nname = "m"\n'
+    policy = '[policy]\nretrain_when = { any = ["drift", { drift_distance_above = 0.3 }] }\n'
+    load_settings(written(tmp_path, model + policy), environ={})
+    without = written(tmp_path, f"{model}{policy}[detection]\ndetectors = {{ scores = 1.0 }}\n")
+    with pytest.raises(SettingsError, match="has drift_distance_above, and the distance is that"):
+        load_settings(without, environ={})
+
+
 def test_a_recipe_gets_the_name_and_keeps_its_words(tmp_path: Path) -> None:
     """What is written is the recipe, whose settings load; what is no recipe is named."""
     recipe = tmp_path / "recipe.toml"
