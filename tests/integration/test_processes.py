@@ -45,6 +45,7 @@ def others() -> list[psutil.Process]:
     return [one for one in psutil.Process().children() if "sft.processes" in one.cmdline()]
 
 
+@pytest.mark.nightly
 def test_the_flow_retrains_by_two_processes(
     small_world: Callable[[str], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
