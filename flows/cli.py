@@ -526,7 +526,7 @@ def version_table(registry: Registry) -> Table:
     table = Table(title=f"versions of {registry.name}", title_justify="left")
     columns = ("version", "parent", "verdict", "cost", "champion since", "rolled back", "why")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "version")
     for version in registry.versions():
         tags = version.tags
         mark = " ← champion" if version.number == champion else ""

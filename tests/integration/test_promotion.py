@@ -121,7 +121,10 @@ def test_a_challenger_that_loses_one_camera_is_refused(tmp_path: Path, prefect_s
     more = demo._mnist()[400:600]
     demo._arrive(feed, "negatives", demo.Digits(255 - more.pictures, more.labels), (0, 1))
     names = [f"negatives-{i // 100 + 1:02d}/{i:05d}.png" for i in range(200)]
-    careless = [int(role_of(name) is not Role.HOLDOUT) for name in names]
+    # not all of them: classes that are mixed up throughout are seen before anything is trained
+    careless = [
+        int(role_of(name) is not Role.HOLDOUT and i % 5 < 3) for i, name in enumerate(names)
+    ]
     told = (more.labels + careless) % 10
     rows = [f"{name},{digit}" for name, digit in zip(names, told, strict=True)]
     (labels / "negatives.csv").write_text("\n".join(["sample_id,label", *rows, ""]))

@@ -95,6 +95,8 @@ def test_no_command_is_left_out() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     run = {"init animals", "bootstrap --data labelled/", "watch", "status"}
     run.add("bootstrap --data labelled/ --adopt model.safetensors")
+    # tests/integration/test_backtest.py and tests/e2e/test_demo.py, on policies of their own
+    run.add("backtest --policy a.toml --policy grid.toml --floor 0.85 --emit best.toml")
     run.add("up -s animals.toml -s plants.toml")  # tests/e2e/test_up.py
     for command in COMMANDS:
         program, _, rest = command.partition(" ")
@@ -102,6 +104,8 @@ def test_no_command_is_left_out() -> None:
             assert rest in targets
         elif program == "sustain":
             assert rest in run
+        elif program == "torchrun":  # tests/integration/test_processes.py
+            assert "sustain retrain -s animals.toml" in rest
         else:  # what installs, and the UI on what the demo made (tests/integration/test_browser.py)
             assert command in (
                 "pip install -e . -c constraints.txt",
