@@ -7,9 +7,9 @@ open, the same fresh labels. kill_driver.py, beside this file, says how it is do
 
 The state on disk "just after" a write is the one "just before" the next: unless KILL_ALL is
 set (`make test-nightly` sets it), one of the two is tried, what bootstrap, watch and retrain share
-is tried in the longest chain only, and there every fourth write but those that DECIDE, so that 2
-cores need minutes, not half an hour. Drift reports are replaced by a short file, but for one chain,
-since Evidently takes seconds for each.
+is tried in the longest chain only, and of the writes but those that DECIDE every second is tried,
+of the chain every fourth, so that 2 cores need minutes, not half an hour. Drift reports are
+replaced by a short file, but for one chain, since Evidently takes seconds for each.
 """
 
 from __future__ import annotations
@@ -64,17 +64,20 @@ def cases(drivers: Drivers) -> dict[str, Cases]:
 
 
 def chosen(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
-    """Choose the boundaries to kill at: all, but for those that leave the same as another."""
-    numbered = list(enumerate(boundaries))
+    """Choose the boundaries to kill at: of those of `distinct`, what DECIDEs and a share."""
     if EVERYTHING:
-        return numbered
-    last = len(boundaries) - 1
-    if scenario == "chain":
-        numbered = [
-            (at, where)
-            for at, where in numbered
-            if at % 8 == 0 or at == last or any(kind in where for kind in DECIDE)
-        ]
+        return list(enumerate(boundaries))
+    every, last = 8 if scenario == "chain" else 4, len(boundaries) - 1
+    return [
+        (at, where)
+        for at, where in distinct(scenario, boundaries)
+        if at % every == 0 or at == last or any(kind in where for kind in DECIDE)
+    ]
+
+
+def distinct(scenario: str, boundaries: list[str]) -> list[tuple[int, str]]:
+    """Choose the boundaries that leave another state than those before, and than the chain's."""
+    numbered, last = list(enumerate(boundaries)), len(boundaries) - 1
     numbered = [
         (at, where) for at, where in numbered if not where.startswith("after write") or at == last
     ]
