@@ -121,19 +121,21 @@ def judge_delivery(
     if settings.action is not NoiseAction.KEEP:
         weights = torch.from_numpy(judge_usable().weights(settings)).float()
         believed = replace(believed, weights=weights).take(weights.nonzero().flatten().tolist())
-    judged, verdict = labelled, judge(range(len(ids)))
-    known = old_embeddings if old_embeddings is not None else embeddings
-    for rows in stretches(ids):
-        answers = aligned_answers(champion, embeddings[rows], known)
-        given = labelled.labels.numpy()[rows]
-        if verdict.stop or answers is None or not mixed_up_classes(answers, given, classes):
-            continue
-        words = f"the {len(rows)} labels of {_batches(ids, rows)}: {(own := judge(rows)).words}"
-        judged, verdict = labelled.take(rows), replace(own, words=words)
+    known = embeddings if old_embeddings is None else old_embeddings
+    given = labelled.labels.numpy()
+    parts = [
+        (rows, _batches(ids, rows))
+        for rows in stretches(ids)
+        if (answers := aligned_answers(champion, embeddings[rows], known)) is not None
+        and mixed_up_classes(answers, given[rows], classes)
+    ]
     new = [i for i, name in enumerate(ids) if name.split("/", 1)[0] in changed]
-    if 0 < len(new) < len(ids) and not verdict.stop and (own := judge(new)).stop:
-        words = f"the {len(new)} labels of the batches that changed: {own.words}"
-        judged, verdict = labelled.take(new), replace(own, words=words)
+    parts += [(new, "the batches that changed")] if 0 < len(new) < len(ids) else []
+    judged, verdict = labelled, judge(range(len(ids)))
+    for rows, whose in parts:
+        if not verdict.stop and (own := judge(rows)).stop:
+            words = f"the {len(rows)} labels of {whose}: {own.words}"
+            judged, verdict = labelled.take(rows), replace(own, words=words)
     return Delivery(
         judged=judged,
         verdict=verdict,

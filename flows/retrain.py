@@ -137,11 +137,11 @@ def train_on(
     if version is None:
         require_enough(fresh, settings)
         learns = (champion.tags["digest"], stated(fresh, settings))
-        rang = sorted(that_rang(registry, champion, batches))
+        rang = that_rang(registry, champion, batches)
         version = registry.made(
-            (*learns, settings.checks.max_regimes, rang),
+            (*learns, settings.checks.max_regimes, sorted(rang)),
             lambda: make_challenger(
-                registry, settings, champion, batches, fresh, key, cause, check
+                registry, settings, champion, batches, fresh, rang, key, cause, check
             ),
             {"retrain_key": key, **_origin(champion, cause, check)},
         )
@@ -204,6 +204,7 @@ def make_challenger(
     champion: Version,
     batches: Sequence[Batch],
     fresh: FreshSet,
+    rang: Collection[str],
     key: str,
     cause: str,
     check: str,
@@ -216,7 +217,6 @@ def make_challenger(
         network = widen(network, (*classes, *new), seed=settings.training.seed)
         classes = network.config.classes
     memory = registry.memory(champion)
-    rang = that_rang(registry, champion, batches)
     labelled, unlabelled, about = read_window(
         registry, settings, champion, batches, fresh, network, rang
     )

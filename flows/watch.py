@@ -461,7 +461,7 @@ def start_retraining(
             "reason": decision.reason,
             **told,
         },
-        id=uuid5(NAMESPACE_OID, f"{name} {attempt}"),
+        id=uuid5(NAMESPACE_OID, attempt),
     )
     parameters = {"settings_path": str(settings.path), **told}
     if deployment is None:

@@ -414,6 +414,11 @@ class Pooled:
     estimated: float
     off_by_chance: float
 
+    @property
+    def off(self) -> float:
+        """How much too rosy the estimates were; negative when they were too dark."""
+        return self.estimated - self.accuracy
+
 
 def pool(settled: Sequence[tuple[float, float, int]]) -> Pooled | None:
     """Sum up batches that labels settled; None if there are none.

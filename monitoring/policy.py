@@ -186,7 +186,7 @@ class Evidence:
         A drift that does no harm may make estimates too dark, one that does may leave them too
         rosy, and either in all its batches alike.
         """
-        off = self.peers.estimated - self.peers.accuracy if self.peers is not None else 0.0
+        off = self.peers.off if self.peers is not None else 0.0
         return min(max(self.estimated - off, 0.0), 1.0)
 
     @property
@@ -659,17 +659,14 @@ def _true_damage(evidence: Evidence, settings: PolicySettings) -> str | None:
 
 
 def _own_labels_fell(evidence: Evidence, settings: PolicySettings) -> bool:
-    if (
-        evidence.settled is None
-        or evidence.settled_high is None
-        or not has_fallen(evidence.reference, evidence.settled, settings.min_drop)
-    ):
+    settled, peers = evidence.settled, evidence.peers
+    if settled is None or evidence.settled_high is None:
         return False
-    if evidence.peers is None:
-        return evidence.settled_high < evidence.reference
-    right = round(evidence.settled * evidence.settled_n)
+    if not has_fallen(evidence.reference, settled, settings.min_drop):
+        return False
+    right = round(settled * evidence.settled_n)
     p_value = stats.binom.cdf(right, evidence.settled_n, evidence.reference)
-    return bool(p_value < LEVEL / evidence.peers.n_batches)
+    return bool(p_value < LEVEL / (peers.n_batches if peers is not None else 1))
 
 
 def has_fallen(before: float, now: float, min_drop: float) -> bool:
@@ -690,13 +687,11 @@ def _labels_overrule(evidence: Evidence, settings: PolicySettings) -> bool:
 
 def _would_count(evidence: Evidence, settings: PolicySettings) -> str:
     """Say why what looks like a fall is none."""
-    if _labels_overrule(evidence, settings) and has_fallen(
-        evidence.reference, evidence.corrected, settings.min_drop
-    ):
+    if not has_fallen(evidence.reference, evidence.corrected, settings.min_drop):
+        return f"a fall of {settings.min_drop:.3f} would count"
+    if _labels_overrule(evidence, settings):
         return "labels decide: they show no fall, whatever the estimate says"
-    if has_fallen(evidence.reference, evidence.corrected, settings.min_drop):
-        return "so few labels and pictures may look so by chance: more labels decide"
-    return f"a fall of {settings.min_drop:.3f} would count"
+    return "so few labels and pictures may look so by chance: more labels decide"
 
 
 def _beside_estimate(evidence: Evidence) -> str:
@@ -705,8 +700,7 @@ def _beside_estimate(evidence: Evidence) -> str:
     if evidence.settled is not None:
         said.append(f"{evidence.settled:.3f} on {count(evidence.settled_n, 'label')}")
     if (peers := evidence.peers) is not None:
-        off = peers.estimated - peers.accuracy
-        labels = count(peers.n, "label")
+        labels, off = count(peers.n, "label"), peers.off
         way = "rosy" if off > 0 else "dark"
         said.append(
             f"{evidence.estimated:.3f} before correction: on {labels} of batches that rang, "
