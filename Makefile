@@ -2,29 +2,30 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+AUDIT := .audit
 INSTALLED := $(VENV)/.installed
 export GOMP_SPINCOUNT := 0
 export DO_NOT_TRACK := true
 
-.PHONY: demo test test-fast test-nightly lint format bench bench-backtest bench-cli bench-gate \
+.PHONY: demo test test-fast test-nightly lint format audit bench bench-backtest bench-cli bench-gate \
 	bench-monitoring bench-month bench-scale bench-sft clean
 
 demo: $(INSTALLED)  ## the whole loop on real digits
 	$(BIN)/sustain demo
 
 test: $(INSTALLED)  ## all tests but the long ones, with real Prefect and MLflow servers
-	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --durations 20 -m "not nightly" \
-		tests/integration tests/e2e
+	$(BIN)/pytest --numprocesses 2 -m "not nightly and not slow" tests/unit tests/contracts
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --durations 20 -m "slow and not nightly"
 
 test-nightly: $(INSTALLED)  ## the long ones; writes tests/bench/results/failures.{json,md}
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[test,ray]' --constraint constraints.txt
 	FAILURES_TABLE=1 $(BIN)/pytest -m nightly
+	$(BIN)/pytest --hypothesis-profile=night tests/unit/test_fuzz.py
 	FAILURES_TABLE=1 KILL_ALL=1 $(BIN)/pytest tests/integration/test_kill.py
 
 test-fast: $(INSTALLED)  ## unit tests and contracts only
-	$(BIN)/pytest --numprocesses 2 -m "not nightly" tests/unit tests/contracts
+	$(BIN)/pytest --numprocesses 2 -m "not nightly and not slow" tests/unit tests/contracts
 
 lint: $(INSTALLED)  ## style, types, import contracts
 	$(BIN)/ruff check .
@@ -35,6 +36,9 @@ lint: $(INSTALLED)  ## style, types, import contracts
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+audit: $(AUDIT)/bin/pip-audit  ## known holes in what constraints.txt pins; asks pypi.org for them
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 bench: bench-backtest bench-cli bench-gate bench-monitoring bench-sft bench-month  ## each writes tests/bench/results/NAME.{json,md}
 
@@ -66,7 +70,11 @@ bench-sft: $(INSTALLED)  ## fine-tuning on real data beside its peers: some 40 C
 	$(BIN)/python tests/bench/bench_sft.py
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(AUDIT) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+$(AUDIT)/bin/pip-audit:  # apart from what it audits
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.9'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -17,8 +17,9 @@ from flows.fresh import FreshSet, Labels, fresh_set, held_out_labels
 from flows.notify import tell_of_failure
 from flows.package import LEARNED_COLUMNS, Lineage, Package, build_reference
 from flows.promote import labels_came
-from flows.registry import CheckRecord, Registry, Version
-from flows.retrain import Retrained, challenge, read_window, that_rang
+from flows.records import CheckRecord, Version
+from flows.registry import Registry
+from flows.retrain import Retrained, challenge, names_that_rang, read_window
 from flows.settings import Settings, load_settings, refuse_contradiction
 from monitoring.policy import Action
 from sft.adaptation import adapt as adapted_to
@@ -99,7 +100,7 @@ def make_adapted(
     found = fresh_set(registry.view.labels(batches, classes, task), before).table
     known_to_it = task.known(task.rows(found["label"], classes))  # more classes need a retraining
     fresh = FreshSet(found[known_to_it.numpy()])
-    window_of = that_rang(registry, champion, batches)
+    window_of = names_that_rang(registry, champion, batches)
     labelled, unlabelled, about = read_window(
         registry, settings, champion, batches, fresh, network, window_of
     )
@@ -162,7 +163,10 @@ def make_adapted(
 
 
 def drift_to_adapt_to(
-    registry: Registry, settings: Settings, champion: Version, finished: Sequence[CheckRecord]
+    settings: Settings,
+    champion: Version,
+    versions: Sequence[Version],
+    finished: Sequence[CheckRecord],
 ) -> CheckRecord | None:
     """Return the newest check that asks for labels, if the settings want it adapted to now.
 
@@ -171,13 +175,15 @@ def drift_to_adapt_to(
     asking = [r for r in finished if r.alarm and r.action == Action.ASK_FOR_LABELS.value]
     if not settings.adaptation.enabled or not asking or ADAPTED in asking[-1].tags:
         return None
-    children = [v for v in registry.versions() if v.parent == champion.number]
+    children = [v for v in versions if v.parent == champion.number]
     return None if any(v.adapted and v.verdict is not None for v in children) else asking[-1]
 
 
-def judgeable(registry: Registry, champion: Version, labels: Labels) -> Version | None:
+def judgeable(
+    registry: Registry, champion: Version, versions: Sequence[Version], labels: Labels
+) -> Version | None:
     """Return the newest adapted challenger whose verdict can be reached now: its labels came."""
-    adapted = [v for v in registry.versions() if v.adapted and v.parent == champion.number]
+    adapted = [v for v in versions if v.adapted and v.parent == champion.number]
     came = adapted and labels_came(registry, adapted[-1], champion, held_out_labels(labels))
     return adapted[-1] if came else None
 

@@ -8,9 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from flows.batches import read_batch
+from flows.check import that_rang
+from flows.digest import digest
 from flows.feed import Batch
 from flows.fresh import FreshSet, Labels, labels_needed
-from flows.registry import CheckRecord, Registry, RegistryError, Version
+from flows.records import CheckRecord, RegistryError, Version, of_batches_now
+from flows.registry import Registry
 from flows.settings import Settings
 from flows.storage import FeedError
 from monitoring.labelling import Request, choose, write_requests
@@ -22,6 +25,17 @@ MAX_BATCHES = 20
 
 LEAST = 50
 """Fewer are not worth a person's while."""
+
+LISTED = "sustain.listed"
+"""Tag of a check: names its batch, of which a list asked for samples."""
+
+
+def was_listed(registry: Registry, batch_id: str) -> bool:
+    """Whether a list asked for samples of a batch, whatever champion it was written for.
+
+    Its labels are then not all drawn at random: see `flows.check.representative`.
+    """
+    return registry.has_check(None, f"tags.`{LISTED}` = '{digest(batch_id)}'")
 
 
 def write_list(
@@ -37,10 +51,11 @@ def write_list(
     """Write `label_requests.csv` and `.html` for the batches that rang; return what they ask for.
 
     As many as `labels_wanted`, or as a retraining lacks. Nothing is written, and nothing returned,
-    where no batch rang or every sample has its label.
+    where no batch rang or every sample has its label. Which batches are in it goes on record first.
     """
     here = {batch.id: batch for batch in batches}
-    drifted = [r for r in finished if r.alarm and r.key.batch_id in here][-MAX_BATCHES:]
+    rang = that_rang(of_batches_now(finished))
+    drifted = [r for r in rang if r.key.batch_id in here][-MAX_BATCHES:]
     if not drifted:
         return ()
     tables = []
@@ -57,6 +72,10 @@ def write_list(
         labelled=set(labels.table["sample_id"]),
     )
     if requests:
+        named = {request.sample_id.split("/", 1)[0] for request in requests}
+        for record in finished:
+            if (batch_id := record.key.batch_id) in named:
+                registry.log(record.run_id, tags={LISTED: digest(batch_id)})
         seen = registry.config(champion).preprocessing
         write_requests(folder, requests, _thumbnails(requests, here, settings, seen))
     return requests

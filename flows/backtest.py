@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.grid import read_grid, write_toml
-from flows.history import read_moment
 from flows.past import read_past
 from flows.registry import Registry
 from flows.replay import (
@@ -33,6 +32,7 @@ from flows.replay import (
 )
 from flows.replay_page import HEAD, cells, columns, write_page
 from flows.settings import Settings, load_settings
+from flows.times import read_moment
 from monitoring.replay import Replayed
 
 LISTED = 40

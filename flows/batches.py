@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from flows.feed import Batch, BatchNotReady, FeedSettings, check_ready, describe
 from flows.intake import BatchData, Intake, Sample
+from flows.parquet import Parquet, Room, open_parquet, read_rows
 from flows.storage import (
     LEAVES,
     Entry,
@@ -41,6 +40,8 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # So much of a shard is unpacked at once, and a row group that has to be larger is not unpacked.
 _SHARD_ROWS = 64
 _SHARD_BYTES = 256 * 2**20
+# where a shard's pictures lie: bytes, or the struct of bytes and path of Hugging Face
+_PICTURE = ("image", "image.bytes")
 
 
 def read_batch(
@@ -260,7 +261,8 @@ def _read_table(
     if unused:
         intake.notes.append(f"{file} was used and {', '.join(unused)} passed over")
     try:
-        table = parse_table(file, read_file(place, files[file]))
+        content = read_file(place, files[file], settings.max_table_bytes)
+        table = parse_table(file, content, settings.max_table_bytes)
         intake.notes += [f"{file}: {problem}" for problem in table.problems]
         if "file_name" not in table.columns:
             raise Refused(no_column("file_name", table.columns))  # noqa: TRY301
@@ -331,7 +333,7 @@ def _read_shard(
     intake.shard_bytes += entry.size
     try:
         with _open_shard(place, name, entry) as parquet:
-            columns = tuple(parquet.schema_arrow.names)
+            columns = parquet.columns
             if "image" in columns:
                 _read_rows(parquet, name, settings, intake)
             else:
@@ -347,18 +349,21 @@ def _read_shard_labels(
     column = settings.label_column
     try:
         with _open_shard(place, shard, entry, whole=False) as parquet:
-            if not {"image", column} <= set(parquet.schema_arrow.names):
+            if not {"image", column} <= set(parquet.columns):
                 return []
-            names = [name for _, group in _row_names(parquet, shard, batch) for name in group]
-            labels = parquet.read(columns=[column]).column(0).to_pylist()
-            return [(n, label_text(value)) for n, value in zip(names, labels, strict=True)]
+            room = Room(settings.max_table_bytes)
+            return [
+                (name, label_text(row[column]))
+                for number, names in _row_names(parquet, shard, batch, room)
+                for name, row in zip(names, read_rows(parquet, number, room, [column]), strict=True)
+            ]
     except Refused:
         return []
 
 
 @contextmanager
-def _open_shard(place: Place, name: str, entry: Entry, *, whole: bool = True) -> Iterator[Any]:
-    """Open a shard as a ParquetFile; nearly everything that a broken one can raise is refused.
+def _open_shard(place: Place, name: str, entry: Entry, *, whole: bool = True) -> Iterator[Parquet]:
+    """Open a shard; nearly everything that a broken one can raise is refused.
 
     With `whole` a bucket's object is copied first; without it, only what is read is fetched.
     """
@@ -366,42 +371,46 @@ def _open_shard(place: Place, name: str, entry: Entry, *, whole: bool = True) ->
         raise Refused(problem)
     with (open_file if whole else open_ranges)(place, entry) as file:
         try:
-            yield pq.ParquetFile(file)
+            yield open_parquet(file, _PICTURE)
         except (FeedError, Refused, MemoryError):
             raise
         except Exception as error:
             raise Refused(f"unreadable: {first_line(error)}") from error
 
 
-def _read_rows(parquet: Any, shard: str, settings: FeedSettings, intake: Intake) -> None:
-    groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-    for number, group in enumerate(groups, start=1):
-        limit = max(_SHARD_BYTES, min(_SHARD_ROWS, group.num_rows) * settings.max_bytes)
-        if group.total_byte_size > limit:
+def _read_rows(parquet: Parquet, shard: str, settings: FeedSettings, intake: Intake) -> None:
+    for number in range(parquet.groups):
+        size = parquet.size(number)
+        limit = max(_SHARD_BYTES, min(_SHARD_ROWS, parquet.rows(number)) * settings.max_bytes)
+        if size > limit:
             raise Refused(
-                f"too large: its row group {number} unpacks to {group.total_byte_size} bytes "
-                f"> {limit}; write smaller row groups, or raise max_bytes"
+                f"too large: its row group {number + 1} unpacks to {size} bytes > {limit}; "
+                "write smaller row groups, or raise max_bytes"
             )
-    for number, names in _row_names(parquet, shard, intake.batch):
+    room = Room(settings.max_table_bytes)
+    for number, names in _row_names(parquet, shard, intake.batch, room):
         if not any(intake.wants(name) for name in names):
             continue
         # A value that many rows share is stored once (and counted once), but unpacked for each row.
-        share = _SHARD_BYTES // max(groups[number].total_byte_size, 1)
-        rows_at_once = min(max(share, 1), _SHARD_ROWS)
-        unread = iter(names)
-        for rows in parquet.iter_batches(batch_size=rows_at_once, row_groups=[number]):
-            for row in rows.to_pylist():
-                _take_row(next(unread), row, settings, intake)
+        share = _SHARD_BYTES // max(parquet.size(number), 1)
+        at_once = min(max(share, 1), _SHARD_ROWS)
+        rows = read_rows(parquet, number, room, at_once=at_once)
+        for name, row in zip(names, rows, strict=True):
+            _take_row(name, row, settings, intake)
 
 
-def _row_names(parquet: Any, shard: str, batch: Batch) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row group's number and the names of its samples."""
+def _row_names(
+    parquet: Parquet, shard: str, batch: Batch, room: Room
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row group's number and the names of its samples, as long as there is room."""
     stem, split = shard[: -len(".parquet")], batch.split_of(shard)
     first = 0
-    for group in range(parquet.num_row_groups):
-        given: list[Any] = [None] * parquet.metadata.row_group(group).num_rows
-        if "file_name" in parquet.schema_arrow.names:
-            given = parquet.read_row_group(group, columns=["file_name"]).column(0).to_pylist()
+    for group in range(parquet.groups):
+        rows = parquet.rows(group)
+        room.take(rows, 0, 0)
+        given: list[Any] = [None] * rows
+        if "file_name" in parquet.columns:
+            given = [row["file_name"] for row in read_rows(parquet, group, room, ["file_name"])]
         yield (
             group,
             [_row_name(name, split, f"{stem}-{i}") for i, name in enumerate(given, start=first)],

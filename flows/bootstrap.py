@@ -22,10 +22,12 @@ from flows.intake import About
 from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
 from flows.progress import TrainingBar
-from flows.registry import CHAMPION, Registry, Version
+from flows.records import CHAMPION, Version
+from flows.registry import Registry
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
 from flows.story import first_story
+from flows.words import first_few
 from sft.after import tune
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
@@ -52,12 +54,16 @@ class BootstrapError(ValueError):
 
 @dataclass(frozen=True)
 class Bootstrapped:
-    """The first champion: its version, its accuracy on held-out samples, and their number."""
+    """The first champion: its version, its accuracy on held-out samples, and their number.
+
+    `made_now` is false where the same data and settings had made it before.
+    """
 
     version: int
     accuracy: float
     holdout: int
     notes: tuple[str, ...]
+    made_now: bool
 
 
 @flow(name="bootstrap")
@@ -92,6 +98,7 @@ def bootstrap(
             f"model {settings.model.name!r} has a champion already (version {champion}): retrain it"
             " with `sustain retrain`, or choose another name under [model]"
         )
+    made_now = existing is None
     if existing is None:
         existing = _make(settings, registry, pictures, classes, about, key, adopt)
     else:
@@ -107,7 +114,7 @@ def bootstrap(
         )
         show_in_prefect(registry)
     reference = registry.reference(existing)
-    return Bootstrapped(existing.number, reference.accuracy, reference.n, tuple(notes))
+    return Bootstrapped(existing.number, reference.accuracy, reference.n, tuple(notes), made_now)
 
 
 def _labelled_pictures(
@@ -125,13 +132,21 @@ def _labelled_pictures(
     )
     notes = [f"{q.sample_id}: {q.reason}" for q in read.quarantined] + list(read.notes)
     given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
+    names: list[str] = []
     if labels is not None:
-        late = read_label_file(labels, Path.cwd())
-        names = map(read.batch.id_of, late.labels["sample_id"])
+        late = read_label_file(labels, Path.cwd(), settings.feed)
+        names = [read.batch.id_of(name) for name in late.labels["sample_id"]]
+        for name in late.disputed:
+            given.pop(read.batch.id_of(name), None)
         given |= dict(zip(names, late.labels["label"], strict=True))
         notes += late.problems
     known = {name: str(label) for name, label in given.items() if not pd.isna(label)}
     kept = [place for place, name in enumerate(read.samples["sample_id"]) if name in known]
+    if not kept and names:
+        raise BootstrapError(
+            f"none of the {len(names)} sample_ids that --labels names is of a picture in {data}:"
+            f" they are {first_few(names)}, and pictures {first_few(list(given))}"
+        )
     if not kept:
         raise BootstrapError(
             f"no picture in {data} has a label: put the pictures into one folder a class, add a"

@@ -8,11 +8,11 @@ of their own.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,8 @@ from flows.feed import Batch, BatchNotReady
 from flows.fresh import Labels
 from flows.intake import BatchData, TooManyBad
 from flows.kept import SEEN, as_json
-from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
+from flows.records import CheckKey, CheckRecord, RegistryError, Version, of_batches_now
+from flows.registry import Registry
 from flows.settings import Settings
 from flows.shadow import Shadow, compare_answers
 from flows.shards import Seen, see_batch, see_read
@@ -78,26 +79,45 @@ class Past:
     """The newest finished checks against the champion, in order, and where they leave the stream.
 
     Each check puts on record where the stream stood after it, so that those before the first of
-    these need not be read.
+    these need not be read. A batch that grew counts once in it, as it was last; not at all the one
+    that is `left_out`.
     """
 
     settings: Settings
     records: list[CheckRecord]
+    left_out: str = ""
     running: Running = field(init=False, default_factory=Running)
 
     def __post_init__(self) -> None:
         """Fold the evidence once."""
-        for record in self.records:
-            known = record.tags.get("sustain.running") if record is self.records[0] else None
-            if known and record.number > 1:
-                self.running = Running.from_json(known)
-            else:
+        first = self.records[0] if self.records else None
+        known = first.tags.get("sustain.running") if first and first.number > 1 else None
+        if known:
+            self.running = Running.from_json(known)
+        for record in self.current:
+            if not (known and record is first):
                 self._add_up(record)
+
+    @property
+    def current(self) -> list[CheckRecord]:
+        """The checks of what batches are now, without the one that is left out."""
+        return [r for r in of_batches_now(self.records) if r.key.batch_id != self.left_out]
 
     def append(self, record: CheckRecord) -> None:
         """Add the newest check."""
+        grew = self._knows(record.key.batch_id)
         self.records.append(record)
-        self._add_up(record)
+        if grew:
+            self.running = Past(self.settings, self.records).running
+        else:
+            self._add_up(record)
+
+    def before(self, batch_id: str) -> Past:
+        """Give what came before a batch, which may have been checked when it was smaller."""
+        return Past(self.settings, self.records, batch_id) if self._knows(batch_id) else self
+
+    def _knows(self, batch_id: str) -> bool:
+        return any(record.key.batch_id == batch_id for record in self.records)
 
     @property
     def number(self) -> int:
@@ -120,7 +140,7 @@ class Past:
     def waiting(self) -> list[CheckRecord]:
         """The newest checks whose batches were too small by themselves, if any."""
         found: list[CheckRecord] = []
-        for record in reversed(self.records):
+        for record in reversed(self.current):
             if record.action != POOLED:
                 break
             found.append(record)
@@ -195,6 +215,19 @@ def stamps_of(batches: Sequence[Batch], settings: Settings) -> list[str]:
     return [f"{batch.stamp}-{named}" for batch in batches]
 
 
+def that_rang(checks: Iterable[CheckRecord]) -> list[CheckRecord]:
+    """Choose, of checks in order, those that rang, each with the small batches tested with it."""
+    found: list[CheckRecord] = []
+    waiting: list[CheckRecord] = []
+    for check in checks:
+        waiting.append(check)
+        if check.action == POOLED:
+            continue
+        found += waiting if check.alarm else []
+        waiting = []
+    return found
+
+
 def is_tested(record: CheckRecord) -> bool:
     """Whether a check tested something: no batch that waits, none that was all known."""
     return "drift.p_value" in record.metrics
@@ -211,7 +244,16 @@ def load_champion(registry: Registry, champion: Version, shadow: Shadow | None =
     return Against(champion, network, reference, memory, used, shadow)
 
 
-@task(name="check", cache_policy=NO_CACHE)
+def _named(parameters: dict[str, Any]) -> str:
+    """Name a run of the task by its batch. In a text Prefect would fill in what stands in {}."""
+    return f"check {parameters['batch'].id}"
+
+
+@task(
+    name="check",
+    cache_policy=NO_CACHE,
+    task_run_name=_named,  # type: ignore[arg-type]  # Prefect's protocol fits no plain function
+)
 def check(
     registry: Registry,
     settings: Settings,
@@ -225,7 +267,7 @@ def check(
     A batch that cannot be read or tested is recorded as failed, and tried again when it changes or
     the settings do.
     """
-    champion = against.version
+    champion, past = against.version, past.before(batch.id)
     look = Look(registry, against, batch)
     key = CheckKey(champion.number, batch.id, batch.digest)
     run_id = registry.begin_check(key, *stamps_of([batch], settings))
@@ -241,7 +283,7 @@ def check(
         own.require_finite("batch")
     except ValueError as error:
         return _fail(registry, batch, champion, run_id, str(error), past)
-    tested, notes = _with_waiting(registry, past, batch, own)
+    tested, notes = _with_waiting(registry, past, own)
     registry.log_features(run_id, own)
     if registry.live and look.seen.read.quarantined:
         registry.log_text(run_id, _quarantine(look.seen.read), "quarantine.csv")
@@ -386,6 +428,7 @@ def evidence_of(batch_id: str, metrics: Mapping[str, float], settings: Settings)
         alpha=metrics["drift.alpha"],
         estimated=metrics["accuracy.estimated"],
         reference=metrics["accuracy.reference"],
+        reference_n=int(metrics.get("accuracy.reference_n", 0)),
         settled=metrics.get("accuracy.settled") if settled_n else None,
         settled_n=settled_n,
         settled_high=metrics.get("accuracy.settled_high") if settled_n else None,
@@ -437,7 +480,7 @@ def settle_check(
             "accuracy.estimate_error": result.error,
             **_settled_slices(registry.settings, labelled, right),
         }
-    registry.log(record.run_id, metrics=metrics)
+    registry.log_anew(record.run_id, metrics, always="accuracy.settled_n")
     registry.log(record.run_id, tags=settled)
     return accuracy
 
@@ -517,14 +560,12 @@ def _quarantine(read: BatchData) -> str:
 
 
 def _with_waiting(
-    registry: Registry, past: Past, batch: Batch, own: FeatureTable
+    registry: Registry, past: Past, own: FeatureTable
 ) -> tuple[FeatureTable, tuple[str, ...]]:
     """Put a batch together with those that wait; say which those are, and which are lost."""
     tables, names, notes = [], [], []
     for record in past.waiting:
         name = record.key.batch_id
-        if name == batch.id:  # it has grown: its older self does not count twice
-            continue
         try:
             tables.append(registry.features(record))
             names.append(name)
@@ -582,6 +623,7 @@ def _metrics(measured: Measured, samples: int, quarantined: int) -> dict[str, fl
         "accuracy.estimated_low": float(estimate.low),
         "accuracy.estimated_high": float(estimate.high),
         "accuracy.reference": float(estimate.reference),
+        "accuracy.reference_n": float(estimate.reference_n),
         "accuracy.novelty": float(estimate.novelty),
         "accuracy.believable": float(estimate.believable),
         "batch.samples": float(samples),
@@ -594,7 +636,7 @@ def _distance(detection: Detection, past: Past) -> dict[str, float]:
     """Tell how far the batch is, and of how many of the last checks' distances that is more."""
     if (distance := detection.distance) is None:
         return {}
-    before = [r.metrics[DISTANCE] for r in past.records if DISTANCE in r.metrics]
+    before = [r.metrics[DISTANCE] for r in past.current if DISTANCE in r.metrics]
     rank = rank_of(distance, before)
     return {DISTANCE: distance} | ({} if rank is None else {f"{DISTANCE}_rank": rank})
 
@@ -634,7 +676,7 @@ def _log_report(
                 estimated=record.metrics["accuracy.estimated"],
                 low=record.metrics["accuracy.estimated_low"],
                 high=record.metrics["accuracy.estimated_high"],
-                settled=record.metrics.get("accuracy.settled"),
+                settled=record.settled[0] if record.settled else None,
             )
             for record in past.records
             if "drift.stream" in record.metrics

@@ -19,7 +19,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from flows.check import Checked
-    from flows.registry import Registry, Version
+    from flows.records import Version
+    from flows.registry import Registry
     from flows.settings import Settings
     from flows.watch import Plan, Watched
 
@@ -47,10 +48,15 @@ models_option = click.option(
 )
 
 
+PORT = click.IntRange(1, 65_535)
+
+
 def ports(command: Callable[P, None]) -> Callable[P, None]:
     """Let a command take the ports of both servers."""
     for server, port in (("prefect", 4200), ("mlflow", 5000)):
-        command = click.option(f"--{server}-port", default=port, show_default=True)(command)
+        command = click.option(f"--{server}-port", type=PORT, default=port, show_default=True)(
+            command
+        )
     return command
 
 
@@ -101,7 +107,8 @@ def init(name: str, settings_file: Path, recipe: Path | None) -> None:
     from flows.settings import write_template
 
     write_template(settings_file, name, recipe)
-    console.print(f"wrote {settings_file}; next: sustain bootstrap --data FOLDER")
+    first = "" if recipe else " set architecture under [model] in it, then"
+    console.print(f"wrote {settings_file}; next:{first} sustain bootstrap --data FOLDER")
 
 
 @main.command()
@@ -114,13 +121,21 @@ def bootstrap(settings_file: Path, data: str, labels: str | None, adopt: str | N
     """Make the first champion: train it on labelled data, or adopt your own."""
     settings = _begin(settings_file)
     from flows.bootstrap import bootstrap as flow
+    from flows.words import shown_uri
 
     made = flow(str(settings.path), data=data, labels=labels, adopt=adopt)
     for note in made.notes[:10]:
         console.print(f"  {note}", style="dim", markup=False)
+    before = "" if made.made_now else " (made before from the same: nothing was trained)"
     console.print(
         f"version {made.version} is champion: accuracy {made.accuracy:.3f} on {made.holdout}"
-        " held-out samples"
+        f" held-out samples{before}"
+    )
+    console.print(
+        f"next: let batches arrive in {shown_uri(settings.feed.url)}, labels in"
+        f" {shown_uri(settings.feed.labels)}, and run `sustain watch`, or `sustain up`",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -162,6 +177,7 @@ def ask(settings_file: Path, to: Path) -> None:
     from flows.ask import write_list
     from flows.registry import Registry
     from flows.watch import make_plan
+    from flows.words import shown_uri
 
     registry = Registry(settings)
     plan = make_plan(registry, settings, datetime.now(UTC))
@@ -174,7 +190,7 @@ def ask(settings_file: Path, to: Path) -> None:
         return
     console.print(
         f"{len(requests)} samples are worth labelling: fill in {to / 'label_requests.csv'} and drop"
-        f" it into {settings.feed.labels}; {to / 'label_requests.html'} shows them",
+        f" it into {shown_uri(settings.feed.labels)}; {to / 'label_requests.html'} shows them",
         markup=False,
         soft_wrap=True,
     )
@@ -247,8 +263,9 @@ def rollback(settings_file: Path, to: int | None, why: str) -> None:
 def history(settings_file: Path, at: str | None) -> None:
     """Show who was champion when, moved by whom, why, and instead of which version."""
     settings = _begin(settings_file, needs_prefect=False)
-    from flows.history import champion_at, read_history, read_moment, unrecorded
+    from flows.history import champion_at, read_history, unrecorded
     from flows.registry import Registry
+    from flows.times import read_moment
 
     registry = Registry(settings)
     tenures = read_history(registry)
@@ -270,20 +287,28 @@ def history(settings_file: Path, at: str | None) -> None:
 
 @main.command()
 @models_option
-@click.option("--port", type=int, default=4280, show_default=True)
+@click.option("--port", type=PORT, default=4280, show_default=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--register", default="", help="This receiver's address, as MLflow's server sees it.")
-@told_plainly
-def webhook(settings_files: tuple[Path, ...], port: int, host: str, register: str) -> None:
+@click.option("--ask", is_flag=True, help="/metrics asks for credentials on loopback, too.")
+def webhook(
+    settings_files: tuple[Path, ...], port: int, host: str, register: str, *, ask: bool
+) -> None:
     """Take MLflow's signed messages, so that a moved alias takes effect in seconds.
 
     It also tells Prometheus what is on record, under /metrics.
     """
-    models = _begin_all(settings_files)
-    from flows.webhook import serve
+    from flows.guard import guarded
 
-    console.print(f"listening on http://{host}:{port}/mlflow; Ctrl-C stops it", markup=False)
-    serve(models, port, host=host, register=register)
+    @told_plainly
+    def run() -> None:
+        models = _begin_all(settings_files)
+        from flows.webhook import serve
+
+        console.print(f"listening on http://{host}:{port}/mlflow; Ctrl-C stops it", markup=False)
+        serve(models, port, host=host, register=register, asks=ask)
+
+    sys.exit(guarded(run))
 
 
 @main.command()
@@ -295,7 +320,7 @@ def metrics(settings_files: tuple[Path, ...]) -> None:
     from flows.metrics import Exporter
     from flows.registry import Registry
 
-    click.echo(Exporter([Registry(one) for one in models]).text(0.0).decode(), nl=False)
+    click.echo(Exporter([Registry(one) for one in models]).text().decode(), nl=False)
 
 
 @main.command()
@@ -429,14 +454,13 @@ def status(settings_file: Path) -> None:
         table.add_column(column)
     for check in checks[-10:]:
         metrics = check.metrics
-        true = metrics.get("accuracy.settled")
         _add_row(
             table,
             check.key.batch_id,
             _figure(metrics.get("drift.p_value"), ".2g"),
             _evidence(metrics),
             _figure(metrics.get("accuracy.estimated"), ".3f"),
-            "" if true is None else f"{true:.3f} ({metrics['accuracy.settled_n']:.0f})",
+            "{:.3f} ({})".format(*check.settled) if check.settled else "",
             check.action,
         )
     console.print(table)
@@ -456,14 +480,19 @@ def status(settings_file: Path) -> None:
 @main.command()
 @models_option
 @ports
-@click.option("--webhook-port", default=4280, show_default=True)
+@click.option("--webhook-port", type=PORT, default=4280, show_default=True)
 @click.option(
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; any other needs credentials in the environment.",
+    help="Address to listen on; any other, or a --name, needs credentials in the environment.",
 )
-@click.option("--name", "names", multiple=True, help="By which others call, as through a proxy.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    help="A host by which others call, or https://HOST[:PORT] of a proxy; again for more.",
+)
 def up(
     settings_files: tuple[Path, ...],
     mlflow_port: int,

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from flows.settings import export_to_environment, load_settings
+from flows.settings import PREFIX, export_to_environment, load_settings
 
 if TYPE_CHECKING:
     from flows.registry import Registry
@@ -108,8 +108,9 @@ def run(folder: Path) -> None:
     console = Console()
     mnist, optical = _mnist(), _optical()
     settings_path = _prepare(folder)
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
-        os.environ.pop(name, None)  # the demo keeps to its own folder
+    for name in tuple(os.environ):  # the demo keeps to its own folder
+        if name.startswith(PREFIX) or name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+            del os.environ[name]
     settings = load_settings(settings_path)
     export_to_environment(settings)
     board = Board(console)
@@ -220,7 +221,7 @@ def _optical() -> Digits:
 def _prepare(folder: Path) -> Path:
     """Make the folder anew, but never one that the demo did not make."""
     if folder.exists():
-        if any(folder.iterdir()) and not (folder / MARK).exists():
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARK).exists()):
             raise DemoError(
                 f"{folder} is there and was not made by the demo: name another --folder"
             )

@@ -20,8 +20,6 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterTags,
-    WorkPoolFilter,
-    WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import (
     ConcurrencyLimitConfig,
@@ -54,6 +52,8 @@ START_SECONDS = 120
 """How long a run may take to begin before its deployment's only slot is given on. Prefect's default
 is 300; a process that imports torch takes a minute on a busy machine."""
 GUARD = "sustain: runs of dead workers"
+POOL_TAG = "pool:"
+"""Begins the tag that says with which work pool one was deployed that runs in another."""
 PAGE = 200
 """Most deployments that the server tells at once."""
 
@@ -90,16 +90,32 @@ class _Spec:
     timezone: str = "UTC"
     strategy: str = "ENQUEUE"
     trigger: dict[str, str] | None = None
+    pool: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.flow.name}/{self.model}"
 
+    @property
+    def automation(self) -> str:
+        """The name of the automation that its trigger becomes."""
+        return f"{self.name} on drift"
+
     def version(self, pool: str) -> str:
         """Give a digest of all that follows from the settings."""
         made_from = [self.name, self.flow.description, self.parameters, self.when, self.timezone]
         made_from += [self.strategy, self.trigger, pool, HEARTBEAT_SECONDS, START_SECONDS]
+        made_from += [self.pool] if self.pool else []
         return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+
+    def is_as_made(self, client: SyncPrefectClient, there: DeploymentResponse, pool: str) -> bool:
+        """Whether nothing is left to do: the deployment is stored before its automation is made."""
+        if there.version != self.version(pool):
+            return False
+        if self.trigger is None:
+            return True
+        automations = client.read_resource_related_automations(f"prefect.deployment.{there.id}")
+        return any(one.name == self.automation for one in automations)
 
     def made(self, pool: str) -> RunnerDeployment:
         """Give it in Prefect's terms."""
@@ -115,16 +131,16 @@ class _Spec:
             ),
             parameters=self.parameters,
             triggers=None if self.trigger is None else [self._trigger(self.trigger)],
-            tags=[TAG, model_tag(self.model)],
+            tags=[TAG, model_tag(self.model), *([POOL_TAG + pool] if self.pool else [])],
             version=self.version(pool),
-            work_pool_name=pool,
+            work_pool_name=self.pool or pool,
             job_variables={"env": {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS)}},
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
 
     def _trigger(self, parameters: dict[str, str]) -> DeploymentEventTrigger:
         return DeploymentEventTrigger(
-            name=f"{self.name} on drift",
+            name=self.automation,
             expect={DRIFT},
             match={"prefect.resource.id": f"drift.model.{self.model}"},
             posture=Posture.Reactive,
@@ -135,7 +151,7 @@ class _Spec:
 def deploy(models: Sequence[Settings], pool: str = POOL) -> Deployed:
     """Register the flows of these models, and remove those of models that are not among them.
 
-    Only what carries the tag `sustain` and runs in this work pool is ever removed.
+    Only what carries the tag `sustain` and was deployed to this work pool is ever removed.
 
     Raises:
         DeployError: two models have one name, they name several servers, or none.
@@ -152,7 +168,8 @@ def deploy(models: Sequence[Settings], pool: str = POOL) -> Deployed:
         )
     specs = [spec for settings in models for spec in _specs(settings)]
     with get_client(sync_client=True) as client:
-        _ensure_pool(client, pool)
+        for needed in sorted({pool, *(one.pool for one in specs if one.pool)}):
+            _ensure_pool(client, needed)
         known = {one.name: one for one in specs}
         there = dict(_there(client, pool))
         made: list[str] = []
@@ -160,7 +177,7 @@ def deploy(models: Sequence[Settings], pool: str = POOL) -> Deployed:
         same: list[str] = []
         for name, spec in known.items():
             version, before = spec.version(pool), there.get(name)
-            if before is not None and before.version == version:
+            if before is not None and spec.is_as_made(client, before, pool):
                 same.append(name)
                 continue
             if before is not None and not spec.when:  # Prefect would keep them
@@ -182,7 +199,7 @@ def _specs(settings: Settings) -> Iterator[_Spec]:
     # the next one on schedule sees all that one which comes too soon, or late, would have seen
     yield _Spec(watch, model, parameters, when.watch, when.timezone, strategy="CANCEL_NEW")
     told = {name: f"{{{{ event.payload.{name} }}}}" for name in ("cause", "check", "key")}
-    yield _Spec(retrain, model, parameters, trigger=told)
+    yield _Spec(retrain, model, parameters, trigger=told, pool=when.retrain_pool)
     yield from (_Spec(flow, model, parameters) for flow in (adapt, promote, rollback))
     yield _Spec(prune, model, parameters, when.prune, when.timezone)
     yield _Spec(reconcile, model, parameters, when.reconcile, when.timezone)
@@ -213,11 +230,13 @@ def _there(client: SyncPrefectClient, pool: str) -> Iterator[tuple[str, Deployme
     while True:
         page = client.read_deployments(
             deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG])),
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
             limit=PAGE,
             offset=offset,
         )
         for one in page:
+            tagged = [tag for tag in one.tags if tag.startswith(POOL_TAG)]
+            if (tagged or [f"{POOL_TAG}{one.work_pool_name}"]) != [POOL_TAG + pool]:
+                continue
             if one.flow_id not in flows:
                 flows[one.flow_id] = client.read_flow(one.flow_id).name
             yield f"{flows[one.flow_id]}/{one.name}", one

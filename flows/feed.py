@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flows.storage import (
     Entry,
@@ -21,7 +21,7 @@ from flows.storage import (
     visible,
     walk,
 )
-from flows.words import printable
+from flows.words import printable, shown_uri
 from sft.dataset import SPLIT_MARK, SPLITS, Role
 from sft.pictures import MAX_PIXELS
 
@@ -37,7 +37,9 @@ class FeedSettings:
     `url` and `labels` are folders (relative ones start at the folder of the settings file) or any
     fsspec URL; `storage_options` go to fsspec. A batch is closed by the renaming of its folder into
     the feed, or by an empty file `_SUCCESS` in it. `max_bad_share` is a share in 0..1, `max_pixels`
-    and `max_bytes` are limits for one picture.
+    and `max_bytes` are limits for one picture, and `max_table_bytes` is one for a file of labels or
+    metadata: for its size, and for what it takes in memory; of a Parquet shard, for all that is
+    beside the pictures.
     """
 
     url: str = "feed"
@@ -48,13 +50,14 @@ class FeedSettings:
     min_samples: int = 1
     max_pixels: int = MAX_PIXELS
     max_bytes: int = 64 * 2**20
-    storage_options: dict[str, str] = field(default_factory=dict)
+    max_table_bytes: int = 2**30
+    storage_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must lie between 0 and 1, got {self.max_bad_share}")
-        for name in ("min_samples", "max_pixels", "max_bytes"):
+        for name in ("min_samples", "max_pixels", "max_bytes", "max_table_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -117,7 +120,7 @@ def list_batches(settings: FeedSettings, root: Path) -> list[Batch]:
     if problem := missing_folder(place):
         raise FeedError(
             f"the feed {problem} "
-            f"(create the folder, or correct url={settings.url!r} in the settings)"
+            f"(create the folder, or correct url={shown_uri(settings.url)!r} in the settings)"
         )
     labels = _labels_inside(place, settings, root)
     folders: dict[str, dict[str, Entry]] = {}
@@ -166,7 +169,7 @@ def describe(place: Place, batch_id: str, entries: dict[str, Entry]) -> Batch:
     shards = any(name.lower().endswith(".parquet") and name != "metadata.parquet" for name in files)
     batch = Batch(
         id=batch_id,
-        url=place.shown,
+        url=place.url,
         digest=digest.hexdigest()[:32],
         stamp=stamp.hexdigest()[:32],
         arrived=arrived,

@@ -104,7 +104,8 @@ def gather_labels(
 ) -> Labels:
     """Gather the labels that came late and those that came with their batch.
 
-    A late label corrects one that came with the batch. Labels for samples that the feed does not
+    A late label corrects one that came with the batch, and late labels that contradict one another
+    leave the sample without any. Labels for samples that the feed does not
     hold, of classes that nobody named, and what cannot be a label of the task are reported, never
     guessed. Each label is written as the task writes it ("b|a" as "a|b", "7.0" as "7").
 
@@ -123,10 +124,16 @@ def gather_labels(
         except FeedError as error:  # one batch that cannot be read must not silence the others
             problems.append(str(error))
     by_id = {batch.id: batch for batch in batches}
+
+    def id_of(name: str) -> str:
+        return found.id_of(name) if (found := by_id.get(name.split("/", 1)[0])) else name
+
     late_labels = {
-        found.id_of(name) if (found := by_id.get(name.split("/", 1)[0])) else name: label
+        id_of(name): label
         for name, label in zip(late.labels["sample_id"], late.labels["label"], strict=True)
     }
+    for name in late.disputed:
+        own_labels.pop(id_of(name), None)
     merged = {**own_labels, **late_labels}
     names = tuple(dict.fromkeys((*classes, *settings.model.classes)))
     written, odd = _written(merged.values(), names, task)
@@ -176,15 +183,18 @@ def _written(
     return written, odd
 
 
+def last_labels(learned: pd.DataFrame) -> dict[str, str]:
+    """Return sample id to its last label; `learned` lists newest versions first."""
+    ids, labels = (learned[name].tolist()[::-1] for name in ("sample_id", "label"))
+    return dict(zip(ids, labels, strict=True))
+
+
 def fresh_set(labels: Labels, learned: pd.DataFrame) -> FreshSet:
     """Select the labels that are not among `learned` (`sample_id`, `label`), or correct one.
 
     `learned` lists newest versions first, so that a sample's last label counts.
     """
-    oldest_first = zip(
-        learned["sample_id"].tolist()[::-1], learned["label"].tolist()[::-1], strict=True
-    )
-    last = dict(oldest_first)
+    last = last_labels(learned)
     fresh = np.array([last.get(name) != label for name, label in labels.pairs], dtype=bool)
     return FreshSet(labels.table[fresh].reset_index(drop=True))
 

@@ -79,7 +79,7 @@ def read_grid(path: Path) -> Grid:
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"the policy {path} cannot be read as TOML: {error}") from error
     return grid_of(path.stem, raw)
 
@@ -93,6 +93,8 @@ def grid_of(name: str, raw: Mapping[str, Any]) -> Grid:
             raise SettingsError(f"the policy {name} has a section [{section}]; allowed: {allowed}")
         if section not in DECIDING:
             continue
+        if not isinstance(values, dict):
+            raise SettingsError(f"the policy {name}: write [{section}] on a line of its own")
         for key, value in values.items():
             axes[section, key] = tuple(_alternatives(section, key, value))
     return Grid(name, axes)

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 
 from prefect.artifacts import create_markdown_artifact
 
-from flows.registry import CHAMPION, Move, Registry
+from flows.records import CHAMPION, Move
+from flows.registry import Registry
 from flows.words import slug
 
 
@@ -111,17 +112,6 @@ def show_in_prefect(registry: Registry) -> None:
         description=f"The champions of {registry.name}",
         markdown="\n".join([f"## The champions of {registry.name}", "", *head, *rows, ""]),
     )
-
-
-def read_moment(text: str) -> datetime:
-    """Read an ISO 8601 date or time, UTC without an offset; raises ValueError for anything else."""
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{text!r} is no ISO date or time: write 2026-11-22 or 2026-11-22T14:30+01:00"
-        ) from error
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 
 def _minute(time: datetime | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from flows.storage import (
     walk,
 )
 from flows.tables import is_missing, label_text, no_column, parse_table
-from flows.words import count, first_few, first_line, printable, tell_rows
+from flows.words import count, first_few, first_line, printable, shown_uri, tell_rows
 from monitoring.labelling import COLUMNS as REQUESTED
 from monitoring.labelling import read_id
 
@@ -37,10 +38,14 @@ _AHEAD = pd.Timedelta(days=1)
 
 @dataclass(frozen=True, eq=False)  # a table has no single truth value to compare by
 class LabelTable:
-    """The labels in force: one row a sample (sample_id, label, labelled_at in UTC or NaT)."""
+    """The labels in force: one row a sample (sample_id, label, labelled_at in UTC or NaT).
+
+    `disputed` samples have several, none of which counts.
+    """
 
     labels: pd.DataFrame
     problems: tuple[str, ...]
+    disputed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,7 @@ class LabelFiles:
     @property
     def times(self) -> set[datetime]:
         """When labels came: at their `labelled_at`, else when their file was last written."""
-        return {
-            rows.time_of(answer)
-            for _, rows in self.files
-            for answers in rows.answers.values()
-            for answer in answers
-        }
+        return {rows.time_of(answer) for _, rows in self.files for answer in rows.answers}
 
     def until(self, moment: datetime) -> LabelFiles:
         """Keep the labels that had come by then; nothing of the later ones is left."""
@@ -98,9 +98,9 @@ def read_all(settings: FeedSettings, root: Path) -> LabelFiles:
     for name, entry in visible(walk(place)).items():
         if is_unfinished(name):
             continue
-        shown = f"{settings.labels.rstrip('/')}/{printable(name)}"
+        shown = f"{shown_uri(settings.labels).rstrip('/')}/{printable(name)}"
         try:
-            files.append((shown, _read_rows(place, name, entry)))
+            files.append((shown, _read_rows(place, name, entry, settings.max_table_bytes)))
         except Refused as refused:
             unusable.append(f"{shown}: {refused}; the file was passed over")
     files.sort(key=lambda file: file[1].modified or datetime.min.replace(tzinfo=UTC))
@@ -113,7 +113,8 @@ def read_label_file(url: str, root: Path, settings: FeedSettings | None = None) 
     Raises:
         FeedError: it does not exist, or it cannot be used at all.
     """
-    place = open_place(url, (settings or FeedSettings()).storage_options, root)
+    settings = settings or FeedSettings()
+    place = open_place(url, settings.storage_options, root)
     name = posixpath.basename(place.path)
     file = follow(place)
     try:
@@ -121,46 +122,44 @@ def read_label_file(url: str, root: Path, settings: FeedSettings | None = None) 
     except Exception as error:
         raise FeedError(f"{place.shown} cannot be read: {first_line(error)}") from error
     try:
-        rows = _read_rows(replace(file, path=posixpath.dirname(file.path)), name, entry)
+        folder = replace(file, path=posixpath.dirname(file.path))
+        rows = _read_rows(folder, name, entry, settings.max_table_bytes)
     except Refused as refused:
         raise FeedError(f"{place.shown}: {refused}") from refused
-    return _settle([(url, rows)])
+    return _settle([(shown_uri(url), rows)])
 
 
 # --- one file
 
-_Answer: TypeAlias = tuple[str, pd.Timestamp | None]  # a label, and when it was given
+# a sample, its label, and when that was given; plain, since there may be very many
+_Answer: TypeAlias = tuple[str, str, pd.Timestamp | None]
 
 
 @dataclass(frozen=True)
 class _Rows:
-    answers: dict[str, list[_Answer]]
+    answers: list[_Answer]
     problems: list[str]
     modified: datetime | None = None
 
     def time_of(self, answer: _Answer) -> datetime:
         """Tell when an answer came: when it was given, else when its file was last written."""
-        given = answer[1]
+        given = answer[2]
         known = self.modified if given is None else given.to_pydatetime()
         return known or datetime.max.replace(tzinfo=UTC)
 
     def until(self, moment: datetime) -> _Rows | None:
         """Keep what had come by then; None when nothing had."""
-        kept = {
-            sample_id: came
-            for sample_id, answers in self.answers.items()
-            if (came := [answer for answer in answers if self.time_of(answer) <= moment])
-        }
+        kept = [answer for answer in self.answers if self.time_of(answer) <= moment]
         return replace(self, answers=kept, problems=[]) if kept else None
 
 
-def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
+def _read_rows(place: Place, name: str, entry: Entry, max_bytes: int) -> _Rows:
     suffix = PurePosixPath(name).suffix.lower()
     if suffix not in (".csv", ".parquet"):
         raise Refused("neither CSV nor Parquet")
     if entry.kind == "other":
         raise Refused("not a regular file")
-    table = parse_table(name, read_unchanged(place, entry))
+    table = parse_table(name, read_unchanged(place, entry, max_bytes), max_bytes)
     for column in _COLUMNS[:2]:
         if column not in table.columns:
             raise Refused(no_column(column, table.columns))
@@ -169,7 +168,7 @@ def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
     if unknown := [column for column in table.columns if column not in known]:
         problems.append(f"{count(unknown, 'unknown column')} passed over: {first_few(unknown)}")
     times, misread, ahead = _read_times([row.get("labelled_at") for _, row in table.rows])
-    answers: dict[str, list[_Answer]] = {}
+    answers: list[_Answer] = []
     nameless, unlabelled = [], []
     for (number, row), time in zip(table.rows, times, strict=True):
         label = label_text(row["label"])
@@ -178,7 +177,7 @@ def _read_rows(place: Place, name: str, entry: Entry) -> _Rows:
         elif label is None:
             unlabelled.append(number)
         else:
-            answers.setdefault(read_id(str(row["sample_id"])), []).append((label, time))
+            answers.append((read_id(str(row["sample_id"])), label, time))
     noun = "line" if suffix == ".csv" else "row"
     timeless = [table.rows[index][0] for index in misread]
     no_time = "a labelled_at that is no ISO 8601 time; it counts as missing"
@@ -230,29 +229,39 @@ class _Statement:
 def _settle(files: list[tuple[str, _Rows]]) -> LabelTable:
     """Settle what all files together say; they come in the order in which they correct."""
     problems: list[str] = []
+    told = Counter(sample_id for _, rows in files for sample_id, _, _ in rows.answers)
+    settled: list[_Answer] = []
     statements: dict[str, list[_Statement]] = {}
     for order, (shown, rows) in enumerate(files):
         problems += [f"{shown}: {problem}" for problem in rows.problems]
-        for sample_id, answers in rows.answers.items():
+        often: dict[str, list[_Answer]] = {}
+        for answer in rows.answers:
+            if told[answer[0]] == 1:  # nearly always
+                settled.append(answer)
+            else:
+                often.setdefault(answer[0], []).append(answer)
+        for sample_id, answers in often.items():
             said = _settle_within(answers, order, shown)
             statements.setdefault(sample_id, []).append(said)
     in_force = {sample_id: _in_force(said) for sample_id, said in sorted(statements.items())}
     problems += _describe_conflicts(in_force)
-    settled = [(i, s.labels[0], s.labelled_at) for i, s in in_force.items() if len(s.labels) == 1]
-    return LabelTable(_frame(settled), tuple(problems))
+    settled += [(i, s.labels[0], s.labelled_at) for i, s in in_force.items() if len(s.labels) == 1]
+    return LabelTable(
+        _frame(sorted(settled, key=lambda answer: answer[0])),
+        tuple(problems),
+        frozenset(i for i, s in in_force.items() if len(s.labels) > 1),
+    )
 
 
 def _settle_within(answers: list[_Answer], order: int, file: str) -> _Statement:
     """Reduce what one file says of a sample: its newest label, if that contradicts nothing."""
-    newest = max((time for _, time in answers if time is not None), default=None)
-    labels = sorted({label for label, time in answers if time in (None, newest)})
+    newest = max((time for *_, time in answers if time is not None), default=None)
+    labels = sorted({label for _, label, time in answers if time in (None, newest)})
     return _Statement(tuple(labels), newest, order, file)
 
 
 def _in_force(said: list[_Statement]) -> _Statement:
     """Choose between files: of those with a time the newest, and then the later file."""
-    if len(said) == 1:  # nearly always
-        return said[0]
     timed = [(s.labelled_at, s.order, s) for s in said if s.labelled_at is not None]
     untimed = [s for s in said if s.labelled_at is None]
     # A time and no time can't be compared: between those two the later file counts.
@@ -273,7 +282,7 @@ def _describe_conflicts(in_force: dict[str, _Statement]) -> list[str]:
     ]
 
 
-def _frame(rows: list[tuple[str, str, pd.Timestamp | None]]) -> pd.DataFrame:
+def _frame(rows: list[_Answer]) -> pd.DataFrame:
     times = [time for _, _, time in rows]
     return pd.DataFrame(
         {

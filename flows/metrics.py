@@ -1,12 +1,15 @@
 """What Prometheus is told of a model, read from the book of record at each scrape.
 
-Nothing is counted here: whatever restarts, the figures are those of MLflow and of the feed.
+Whatever restarts, the figures are those of MLflow and of the feed; only the sums over all checks
+are carried from scrape to scrape, so that a long record is read whole once.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,11 +21,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from flows.registry import CheckRecord, Registry
+from flows.records import CheckRecord
+from flows.registry import SKEW, Registry
 from flows.watch import Plan, make_plan
 
 FRESH_SECONDS = 30.0
-"""An answer is given again for so long: it takes a look at the whole record and at the feed."""
+"""An answer is given again for so long: it takes a look at the record and at the feed."""
 
 GAUGES = {
     "sustain_up": "Whether the record and the feed of a model can be read (1) or not (0).",
@@ -46,23 +50,63 @@ COUNTERS = {
 SECONDS = "sustain_check_seconds"
 
 
-class Exporter(Collector):
-    """Tells the metrics of some models."""
+@dataclass
+class _Totals:
+    """What all finished checks of a model add up to; only those that ended lately are read again.
 
-    def __init__(self, registries: Sequence[Registry]) -> None:
+    `recent` are counted ones, by run, and when they ended: so late by another machine's clock that
+    the next look sees them again.
+    """
+
+    checks: int = 0
+    alarms: int = 0
+    seconds: float = 0.0
+    recent: dict[str, datetime] = field(default_factory=dict)
+
+    @property
+    def _since(self) -> datetime | None:
+        """From when on they are read: a clock that was ahead must not hide those after it."""
+        newest = max(self.recent.values(), default=None)
+        return None if newest is None else min(newest, datetime.now(UTC)) - SKEW
+
+    def look(self, registry: Registry) -> None:
+        """Add the checks that finished since the last look."""
+        for check in list(registry.finished_since(self._since)):  # all of them, or none
+            if check.run_id not in self.recent:
+                self.checks += 1
+                self.alarms += check.alarm
+                self.seconds += (check.ended - check.started).total_seconds()
+                self.recent[check.run_id] = check.ended
+        if (since := self._since) is not None:
+            self.recent = {run: ended for run, ended in self.recent.items() if ended > since}
+
+
+class Exporter(Collector):
+    """Tells the metrics of some models.
+
+    Args:
+        registries: of the models.
+        clock: gives a monotonic time in seconds.
+    """
+
+    def __init__(
+        self, registries: Sequence[Registry], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.registries = registries
+        self._clock = clock
+        self._totals = [_Totals() for _ in registries]
         self._lock = threading.Lock()
         self._told = b""
         self._until = float("-inf")
 
-    def text(self, now: float) -> bytes:
-        """Give Prometheus's text; `now` is a monotonic time in seconds."""
+    def text(self) -> bytes:
+        """Give Prometheus's text."""
         with self._lock:
-            if now >= self._until:
+            if self._clock() >= self._until:
                 registry = CollectorRegistry(auto_describe=False)
                 registry.register(self)
                 self._told = generate_latest(registry)
-                self._until = now + FRESH_SECONDS
+                self._until = self._clock() + FRESH_SECONDS
             return self._told
 
     def describe(self) -> list[Metric]:
@@ -76,11 +120,11 @@ class Exporter(Collector):
             n: CounterMetricFamily(n, words, labels=["model"]) for n, words in COUNTERS.items()
         }
         seconds = SummaryMetricFamily(SECONDS, "Time that a check took.", labels=["model"])
-        for registry in self.registries:
+        for registry, totals in zip(self.registries, self._totals, strict=True):
             labels = [registry.name]
             try:
                 plan = make_plan(registry, registry.settings, datetime.now(UTC))
-                checks = [c for c in registry.checks(None) if c.finished]
+                totals.look(registry)
                 figures = {**_state(registry, plan), **_newest(plan.finished)}
                 moves = len(registry.moves())
             except Exception:  # noqa: BLE001 - a scrape tells that it failed, whatever failed
@@ -89,11 +133,10 @@ class Exporter(Collector):
             gauges["sustain_up"].add_metric(labels, 1.0)
             for name, value in figures.items():
                 gauges[name].add_metric(labels, value)
-            counters["sustain_checks"].add_metric(labels, len(checks))
-            counters["sustain_alarms"].add_metric(labels, sum(c.alarm for c in checks))
+            counters["sustain_checks"].add_metric(labels, totals.checks)
+            counters["sustain_alarms"].add_metric(labels, totals.alarms)
             counters["sustain_moves"].add_metric(labels, moves)
-            spent = sum((c.ended - c.started).total_seconds() for c in checks)
-            seconds.add_metric(labels, count_value=len(checks), sum_value=spent)
+            seconds.add_metric(labels, count_value=totals.checks, sum_value=totals.seconds)
         yield from (*gauges.values(), *counters.values(), seconds)
 
 
@@ -113,8 +156,8 @@ def _newest(checks: Sequence[CheckRecord]) -> dict[str, float]:
     for check in checks:  # oldest first
         metrics = check.metrics
         told["sustain_last_check_timestamp_seconds"] = check.ended.timestamp()
-        if metrics.get("accuracy.settled_n", 0.0) > 0:
-            told["sustain_accuracy_true"] = metrics["accuracy.settled"]
+        if check.settled:
+            told["sustain_accuracy_true"], _ = check.settled
         if metrics.get("drift.stream_threshold"):
             evidence = metrics["drift.stream"] / metrics["drift.stream_threshold"]
             told["sustain_drift_evidence"] = evidence

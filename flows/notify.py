@@ -15,7 +15,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from flows.registry import CHALLENGER, CHAMPION, CheckRecord, Registry, Version
+from flows.records import CHALLENGER, CHAMPION, CheckRecord, Version
+from flows.registry import Registry
 from flows.settings import BLOCK, ENVIRONMENT, Settings, load_settings
 from monitoring.policy import Action
 from sft.gate import Outcome
@@ -234,7 +235,9 @@ def _receiver(name: str) -> Receiver:
             raise NotifyError(
                 f"[notify] to names the environment variable {variable}, which is not set"
             )
-        receiver = apprise.Apprise()
+        # mail is HTML: names that come from the data are text there too
+        plain = apprise.AppriseAsset(body_format=apprise.NotifyFormat.TEXT)
+        receiver = apprise.Apprise(asset=plain)
         if not receiver.add(address):
             raise NotifyError(f"{variable} holds no address that apprise knows (scheme://…)")
         return cast("Receiver", receiver)

@@ -12,6 +12,7 @@ from flows.fresh import Labels, gather_labels
 from flows.labels import LabelFiles, read_all
 from flows.settings import Settings
 from flows.storage import FeedError
+from flows.words import shown_uri
 from sft.tasks import Task
 
 MANY_TIMES = 20
@@ -108,8 +109,8 @@ def read_past(settings: Settings, since: datetime | None = None) -> Past:
     if not batches:
         after = "" if since is None else f" that arrived after {since:%Y-%m-%d %H:%M} UTC"
         raise PastError(
-            f"there is nothing to replay: {settings.feed.url} holds no batch{after} whose time of"
-            " arrival is known"
+            f"there is nothing to replay: {shown_uri(settings.feed.url)} holds no batch{after}"
+            " whose time of arrival is known"
         )
     own, notes = {}, []
     for batch in batches:

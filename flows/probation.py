@@ -16,7 +16,8 @@ from flows.fresh import Labels
 from flows.intake import TooManyBad
 from flows.kept import ANSWERED
 from flows.package import see
-from flows.registry import CheckRecord, Registry, RegistryError, Version
+from flows.records import CheckRecord, RegistryError, Version
+from flows.registry import Registry
 from monitoring.features import FeatureTable
 from monitoring.probation import Comparison, Pairs, compare_pairs, count_pairs
 from sft.tasks import rightly
@@ -72,7 +73,7 @@ def answer_with_before(
     except (BatchNotReady, TooManyBad):
         return  # the batch has gone; the counts that are there stay
     if seen is None:
-        registry.log(record.run_id, metrics={"before.n": 0.0})
+        registry.log_anew(record.run_id, {"before.n": 0.0}, always="before.n")
         return
     ours, theirs = registry.config(champion), network.config
     names = seen.sample_ids
@@ -83,7 +84,8 @@ def answer_with_before(
     then = rightly(theirs.task, seen.probabilities, texts, theirs.classes).tolist()
     pairs = count_pairs(before.number, now, then)
     counts = {f"before.{name}": float(count) for name, count in asdict(pairs).items()}
-    registry.log(record.run_id, metrics={"before.version": float(before.number), **counts})
+    counts["before.version"] = float(before.number)
+    registry.log_anew(record.run_id, counts, always="before.n")
 
 
 def compare(before: Version, records: Sequence[CheckRecord]) -> Comparison | None:

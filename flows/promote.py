@@ -18,14 +18,8 @@ from flows.fresh import held_out_labels
 from flows.history import show_in_prefect
 from flows.kept import as_json
 from flows.logs import log
-from flows.registry import (
-    CHALLENGER,
-    CHAMPION,
-    ChampionMovedError,
-    Registry,
-    RegistryError,
-    Version,
-)
+from flows.records import CHALLENGER, CHAMPION, ChampionMovedError, RegistryError, Version
+from flows.registry import Registry
 from flows.scores import per_class, worst_classes
 from flows.settings import Settings, load_settings
 from flows.story import story
@@ -324,14 +318,14 @@ def labels_came(
     waits = candidate.adapted and candidate.verdict_against == champion.number
     if not waits or candidate.verdict != Outcome.INCONCLUSIVE.value:
         return False
-    missing = ceil(int(candidate.tags["verdict_missing"]) * HOLDOUT_SHARE)
+    missing = ceil(candidate.number_of("verdict_missing") * HOLDOUT_SHARE)
     known = set(registry.learned(champion)["sample_id"])
     if len(late.keys() - known) < missing:  # its memory need not be fetched
         return False
     table = registry.memory(candidate).told(late).table
     held = table[(table["role"] == Role.HOLDOUT.value) & table["label"].notna()]
     fresh = set(held["sample_id"]) - known
-    return len(fresh) >= int(candidate.tags["verdict_fresh"]) + missing
+    return len(fresh) >= candidate.number_of("verdict_fresh") + missing
 
 
 def _answer(network: Network, data: LabelledPictures, classes: Sequence[str]) -> Answers:
@@ -403,7 +397,7 @@ def _judged_before(
     return sum(
         str(champion.number) in v.tags.get("judged_against", "").split(",")
         and (v.number != candidate.number or v.adapted)
-        and int(v.tags.get("verdict_fresh", least)) >= least
+        and v.number_of("verdict_fresh", least) >= least
         for v in registry.versions()
     )
 

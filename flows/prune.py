@@ -10,9 +10,11 @@ from pathlib import Path
 from prefect import flow
 
 from flows.notify import tell_of_failure
-from flows.registry import CHAMPION, CheckRecord, Registry, RegistryError, Version
+from flows.records import CHAMPION, CheckRecord, RegistryError, Version
+from flows.registry import Registry
 from flows.settings import RetentionSettings, Settings, load_settings
 from flows.storage import open_place
+from flows.words import shown_uri
 
 REPORTS = ("report.html", "features.parquet")
 """Of a check's files, those that take the room: megabytes each."""
@@ -41,7 +43,7 @@ class Pruned:
     def words(self) -> str:
         """A sentence, and a line for each version that stayed."""
         would = "would be " if self.dry_run else ""
-        copied = f" after a copy to {self.archived}" if self.archived else ""
+        copied = f" after a copy to {shown_uri(self.archived)}" if self.archived else ""
         numbers = ", ".join(map(str, self.versions)) or "none"
         lines = [
             f"versions {would}deleted{copied}: {numbers}; reports {would}deleted: {self.reports}",

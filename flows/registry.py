@@ -7,7 +7,6 @@ announced before it happens and completed by whoever looks next.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import posixpath
 import shutil
@@ -15,14 +14,12 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.entities.model_registry import ModelVersion
@@ -34,12 +31,27 @@ from flows.batches import read_batch
 from flows.feed import Batch
 from flows.intake import BatchData
 from flows.kept import Step, T
+from flows.manifest import LOADER, MANIFEST, PARTS, check_file, check_parts, write_manifest
 from flows.meter import Cost
 from flows.package import Package
+from flows.records import (
+    CHALLENGER,
+    CHAMPION,
+    ROLLBACK,
+    ArtifactError,
+    ChampionMovedError,
+    CheckKey,
+    CheckRecord,
+    Move,
+    RegistryError,
+    Version,
+    number_in,
+    read_move,
+)
 from flows.servers import unreachable
-from flows.settings import Settings, shown_uri
+from flows.settings import Settings
 from flows.view import Present, View
-from flows.words import slug
+from flows.words import shown_uri, slug
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference
 from sft import models
@@ -47,135 +59,17 @@ from sft.memory import Memory
 from sft.models import Network
 from sft.pictures import Preprocessing
 
-CHAMPION, CHALLENGER = "champion", "challenger"
-ROLLBACK = "rollback"
 MOVE = "sustain.move."
 """Begins the tag of the model that a move of its champion leaves; the time follows."""
-LOADER = "sft.serving"
+SEEN, MOVING = "sustain.champion_seen", "sustain.champion_moving"
+"""Tags of the model: the champion that was last seen, and a move that has begun."""
+CONFIG = f"model/data/{package.NETWORK}/{models.CONFIG_FILE}"
 WINDOW = 200
 """Checks that are read at least: as many as a report draws."""
 RECENT_DAYS = 7.0
 """Checks are first looked for so far back, and everywhere if that is not enough."""
 SKEW = timedelta(hours=1)
 """How far the clock of whoever writes the feed may be ahead."""
-PARTS = ("model", package.REFERENCE, package.MEMORY, package.LEARNED, package.LINEAGE)
-MANIFEST = "manifest.json"
-CONFIG = f"model/data/{package.NETWORK}/{models.CONFIG_FILE}"
-# MLflow writes it beside a model that is loaded by its alias; nothing of ours reads it
-NOT_OURS = "model/registered_model_meta"
-
-
-class RegistryError(RuntimeError):
-    """The record does not allow what was asked; the message names the thing and the way out."""
-
-
-class ArtifactError(RuntimeError):
-    """A file of MLflow's that is there cannot be had now; the same again may work."""
-
-
-class ChampionMovedError(RegistryError):
-    """Somebody else moved the champion meanwhile, so that a verdict holds no more."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered version, as its tags tell."""
-
-    number: int
-    run_id: str
-    tags: Mapping[str, str]
-    created: datetime
-
-    @property
-    def parent(self) -> int | None:
-        """Number of the version it was tuned from; None for a first one."""
-        return int(self.tags["parent"]) if self.tags.get("parent") else None
-
-    @property
-    def verdict(self) -> str | None:
-        """What the gate said: promote, refuse, inconclusive, or first (nothing to compare with)."""
-        return self.tags.get("verdict")
-
-    @property
-    def verdict_against(self) -> int | None:
-        """The champion that the verdict was reached against."""
-        return int(self.tags["verdict_against"]) if self.tags.get("verdict_against") else None
-
-    @property
-    def adapted(self) -> bool:
-        """Whether it is its parent with other batch-norm statistics, made without labels."""
-        return "adapted" in self.tags
-
-    @property
-    def rolled_back(self) -> bool:
-        """Whether it lost the alias by a rollback, so that only a person may promote it again."""
-        return self.tags.get("rolled_back_at", "") > self.tags.get("promoted_at", "")
-
-
-@dataclass(frozen=True)
-class CheckKey:
-    """What makes a check the same check."""
-
-    champion: int
-    batch_id: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class CheckRecord:
-    """A check on record; `finished` is false for one that failed."""
-
-    run_id: str
-    key: CheckKey
-    finished: bool
-    stamp: str
-    tags: Mapping[str, str]
-    metrics: Mapping[str, float]
-    started: datetime
-    ended: datetime
-
-    @property
-    def number(self) -> int:
-        """Its place among the checks against its champion, whatever clocks say; 0 if not told."""
-        return int(self.tags.get("sustain.number", "0"))
-
-    @property
-    def alarm(self) -> bool:
-        """Whether the batch differed from the champion's reference."""
-        return self.metrics.get("drift.alarm", 0.0) > 0
-
-    @property
-    def action(self) -> str:
-        """What was decided."""
-        return self.tags.get("sustain.action", "")
-
-    @property
-    def reason(self) -> str:
-        """Why, in words."""
-        return self.tags.get("sustain.reason", "")
-
-
-@dataclass(frozen=True)
-class Move:
-    """A change of champion.
-
-    Attributes:
-        before, after: versions; None before the first.
-        by, who: what moved the alias, and the person who asked for it, if that is known.
-        why: the reason.
-        at: time, ISO 8601.
-        promotes: false for a rollback, and for an alias moved by hand.
-        seen: moved by hand; `at` is when it was seen.
-    """
-
-    before: int | None
-    after: int
-    by: str
-    why: str
-    at: str
-    promotes: bool = False
-    who: str = ""
-    seen: bool = False
 
 
 class Registry:
@@ -299,7 +193,7 @@ class Registry:
         if number is None:
             raise RegistryError(f"model {self.name!r} has no champion; {self._way_to_a_champion()}")
         version = self.version(number)
-        if not _is_ours(version):
+        if not version.ours:
             raise RegistryError(
                 f"version {number} of {self.name!r} is champion, but sustain did not write it and"
                 " will not load it: adopt its weights with `sustain bootstrap --adopt FILE`, or"
@@ -339,12 +233,7 @@ class Registry:
         target.mkdir()
         for part in (*PARTS, MANIFEST):
             self._download(version, part, target)
-        stated = _stated(target / MANIFEST, version)
-        found = _hashes(target)
-        odd = sorted(path for path in {*stated, *found} if stated.get(path) != found.get(path))
-        if odd:
-            raise _altered(version, odd[0])
-        _check_loader(target / "model", version.number)
+        check_parts(target, version)
         self._fetched[version.run_id] = target
         return target
 
@@ -395,8 +284,7 @@ class Registry:
             folder = Path(name)
             made.write(folder)
             _as_pyfunc(folder)
-            manifest = _manifest(folder)
-            (folder / MANIFEST).write_bytes(manifest)
+            digest = write_manifest(folder)
             for part in (*PARTS, MANIFEST):
                 path = folder / part
                 if path.is_dir():
@@ -409,7 +297,7 @@ class Registry:
             self.name,
             source=f"{uri}/model",
             run_id=run_id,
-            tags={**tags, "retrain_key": key, "digest": hashlib.sha256(manifest).hexdigest()},
+            tags={**tags, "retrain_key": key, "digest": digest},
         )
         version = _version(created)
         first = self.find_version(key)
@@ -488,7 +376,7 @@ class Registry:
     def moves(self) -> list[Move]:
         """List every move on record, oldest first."""
         tags = self._model_tags()
-        found = [Move(**json.loads(text)) for key, text in tags.items() if key.startswith(MOVE)]
+        found = [read_move(text, key) for key, text in tags.items() if key.startswith(MOVE)]
         return sorted(found, key=lambda move: move.at)
 
     def move_champion(
@@ -517,18 +405,18 @@ class Registry:
             ChampionMovedError: another version is champion than `instead_of`, or somebody else is
                 moving the alias right now.
         """
-        seen = self._model_tags().get("sustain.champion_seen")
+        seen = self._model_tags().get(SEEN)
         before = self.alias(CHAMPION)
-        if before is None or not _is_ours(self.version(before)):
+        if before is None or not self.version(before).ours:
             # nobody's, or somebody else's: the one that is left is the last of ours that served
-            before = int(seen) if seen and int(seen) != after.number else None
+            last = number_in(seen, SEEN) if seen else None
+            before = None if last == after.number else last
         at = self._after_last_move(now)
         move = Move(before, after.number, by, why, at, promotes=by != ROLLBACK, who=who)
         announced = json.dumps(move.__dict__)
-        self.client.set_registered_model_tag(self.name, "sustain.champion_moving", announced)
+        self.client.set_registered_model_tag(self.name, MOVING, announced)
         if instead_of is not None and (
-            self.alias(CHAMPION) != instead_of
-            or self._model_tags().get("sustain.champion_moving") != announced
+            self.alias(CHAMPION) != instead_of or self._model_tags().get(MOVING) != announced
         ):  # what is announced is forgotten by whoever looks next
             raise ChampionMovedError(f"version {instead_of} of {self.name!r} is champion no more")
         self.client.set_registered_model_alias(self.name, CHAMPION, str(after.number))
@@ -545,12 +433,12 @@ class Registry:
         """
         current = self.alias(CHAMPION)
         tags = self._model_tags()
-        seen = int(tags["sustain.champion_seen"]) if "sustain.champion_seen" in tags else None
-        announced = tags.get("sustain.champion_moving")
-        move = Move(**json.loads(announced)) if announced else None
+        seen = number_in(tags[SEEN], SEEN) if SEEN in tags else None
+        announced = tags.get(MOVING)
+        move = read_move(announced, MOVING) if announced else None
         if current is None or (current == seen and move is None):
             return None
-        if not _is_ours(self.version(current)):
+        if not self.version(current).ours:
             return None
         if move is not None and current == move.after:
             self._complete(move)
@@ -566,16 +454,14 @@ class Registry:
             )
             self._complete(by_hand)
             return by_hand
-        self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
+        self.client.delete_registered_model_tag(self.name, MOVING)
         return None
 
     def unobserved_move(self) -> bool:
         """Whether the alias was moved, or a move begun, since anybody looked."""
         tags = self._model_tags()
         current = self.alias(CHAMPION)
-        return current is not None and (
-            tags.get("sustain.champion_seen") != str(current) or "sustain.champion_moving" in tags
-        )
+        return current is not None and (tags.get(SEEN) != str(current) or MOVING in tags)
 
     def _after_last_move(self, now: datetime) -> str:
         """Write the time of a move: later than the last one, even if the clock was set back."""
@@ -602,8 +488,8 @@ class Registry:
         self.end_challenge(after)
         stamp = datetime.fromisoformat(move.at).astimezone(UTC).strftime("%Y-%m-%dT%H.%M.%S.%f")
         self.client.set_registered_model_tag(self.name, MOVE + stamp, json.dumps(move.__dict__))
-        self.client.set_registered_model_tag(self.name, "sustain.champion_seen", str(move.after))
-        self.client.delete_registered_model_tag(self.name, "sustain.champion_moving")
+        self.client.set_registered_model_tag(self.name, SEEN, str(move.after))
+        self.client.delete_registered_model_tag(self.name, MOVING)
 
     # ---- checks and training runs
 
@@ -617,9 +503,16 @@ class Registry:
         tags = {} if champion is None else {"sustain.champion": str(champion)}
         return _in_order(self._runs("check", tags, *also))
 
-    def has_check(self, champion: int, condition: str) -> bool:
-        """Whether any check against a champion meets a condition in the words of MLflow."""
-        tags = {"sustain.champion": str(champion)}
+    def finished_since(self, since: datetime | None) -> Iterator[CheckRecord]:
+        """List the finished checks, against any champion, that ended after a time; None: all."""
+        also = ["attributes.status = 'FINISHED'"]
+        if since is not None:
+            also.append(f"attributes.end_time > {int(since.timestamp() * 1000)}")
+        return (_check_record(run) for run in self._runs("check", {}, *also))
+
+    def has_check(self, champion: int | None, condition: str) -> bool:
+        """Whether any check against a champion, or any, meets a condition in MLflow's words."""
+        tags = {} if champion is None else {"sustain.champion": str(champion)}
         return next(self._runs("check", tags, condition, page=1), None) is not None
 
     def newest_checks(
@@ -747,6 +640,15 @@ class Registry:
             tags=[RunTag(k, v) for k, v in (tags or {}).items()],
         )
 
+    def log_anew(self, run_id: str, metrics: Mapping[str, float], *, always: str) -> None:
+        """Write metrics in the place of those that stand there, whatever clocks say.
+
+        MLflow shows a metric's value of the last step, and only within a step that of the last
+        time; so each writing is a step of its own. `always` names a metric that none leaves out.
+        """
+        before = self.client.get_metric_history(run_id, always)
+        self.log(run_id, metrics=metrics, step=len(before))
+
     def log_file(self, run_id: str, path: Path) -> None:
         """Store a file as an artifact of the run."""
         self.client.log_artifact(run_id, str(path))
@@ -838,11 +740,11 @@ class Registry:
             raise
 
     def _way_to_a_champion(self) -> str:
-        seen = self._model_tags().get("sustain.champion_seen")
+        seen = self._model_tags().get(SEEN)
         if seen is None:
             return "make a first one with `sustain bootstrap`"
         by_hand = f"set the alias {CHAMPION!r} in MLflow's UI"
-        if self._find(int(seen)) is not None:
+        if self._find(number_in(seen, SEEN)) is not None:
             return (
                 f"version {seen} was the last: give it back with `sustain rollback --to {seen}`, or"
                 f" {by_hand}"
@@ -861,10 +763,9 @@ class Registry:
         if (version.run_id, path) not in self._fetched_files:
             target = self._folder / f"{version.run_id}-files"
             target.mkdir(exist_ok=True)
-            stated = _stated(self._download(version, MANIFEST, target), version)
+            manifest = self._download(version, MANIFEST, target)
             file = self._download(version, path, target)
-            if path not in stated or stated[path] != _sha256(file):
-                raise _altered(version, path)
+            check_file(file, path, manifest, version)
             self._fetched_files[version.run_id, path] = file
         return self._fetched_files[version.run_id, path]
 
@@ -993,7 +894,9 @@ def _check_record(run: Run) -> CheckRecord:
     return CheckRecord(
         run_id=str(run.info.run_id),
         key=CheckKey(
-            int(tags["sustain.champion"]), tags["sustain.batch"], tags["sustain.batch_digest"]
+            number_in(tags["sustain.champion"], "sustain.champion of a check"),
+            tags["sustain.batch"],
+            tags["sustain.batch_digest"],
         ),
         finished=run.info.status == "FINISHED",
         stamp=tags.get("sustain.batch_stamp", ""),
@@ -1018,61 +921,3 @@ def _as_pyfunc(folder: Path) -> None:
         data_path=str(source),
         pip_requirements=[f"sustain=={version('sustain')}"],
     )
-
-
-def _is_ours(version: Version) -> bool:
-    return "digest" in version.tags
-
-
-def _manifest(folder: Path) -> bytes:
-    """List the files of all parts of a version with their SHA-256, as the version's record has it.
-
-    The manifest's own SHA-256 is the version's tag `digest`.
-    """
-    return json.dumps(_hashes(folder), indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = (
-        path
-        for part in PARTS
-        for path in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*"))
-        if path.is_file()
-    )
-    named = ((path.relative_to(folder).as_posix(), path) for path in files)
-    return {name: _sha256(path) for name, path in named if name != NOT_OURS}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _stated(manifest: Path, version: Version) -> dict[str, str]:
-    """Read a version's manifest, if it is the one that was registered."""
-    if _sha256(manifest) != version.tags.get("digest"):
-        raise _altered(version, MANIFEST)
-    return cast("dict[str, str]", json.loads(manifest.read_bytes()))
-
-
-def _altered(version: Version, path: str) -> RegistryError:
-    return RegistryError(
-        f"the files of version {version.number} are not what was registered ({path} differs), so"
-        " it was not loaded: restore them, or move the champion to another version"
-    )
-
-
-def _check_loader(model: Path, number: int) -> None:
-    """Refuse a model file that would run code other than this package's."""
-    try:
-        content = cast("dict[str, Any]", yaml.safe_load((model / "MLmodel").read_text()))
-        flavor = content["flavors"]["python_function"]
-        loader, code = flavor.get("loader_module"), flavor.get("code")
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise RegistryError(f"version {number} has no readable MLmodel file: {error}") from error
-    if loader != LOADER or code:
-        raise RegistryError(
-            f"version {number} asks for the loader {loader!r}"
-            f"{' with code of its own' if code else ''}; only {LOADER!r} is allowed, so it was not"
-            " loaded: move the champion to a version that sustain wrote"
-        )

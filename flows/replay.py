@@ -29,7 +29,8 @@ from flows.history import champion_at, read_history
 from flows.intake import TooManyBad
 from flows.meter import total
 from flows.past import Past, read_past
-from flows.registry import ROLLBACK, CheckRecord, Registry, RegistryError, Version
+from flows.records import ROLLBACK, CheckRecord, RegistryError, Version
+from flows.registry import Registry
 from flows.retrain import RetrainError, train_on
 from flows.settings import Settings
 from flows.simulated import DECIDED, Costs, Shelf, SimulatedRegistry, Start, lay_out

@@ -15,6 +15,8 @@ import pandas as pd
 import torch
 from prefect import flow
 
+from flows.check import that_rang
+from flows.decisions import record_refusal
 from flows.doubt import PAGE, Delivery, judge_delivery, suspicious_files
 from flows.feed import Batch
 from flows.fresh import FreshSet, fresh_set, labels_needed, retrain_key, stated
@@ -26,7 +28,8 @@ from flows.notify import tell, tell_of_failure
 from flows.package import Lineage, Package, build_reference
 from flows.progress import TrainingBar
 from flows.promote import promote, promote_on
-from flows.registry import CHALLENGER, Registry, Version
+from flows.records import CHALLENGER, Version
+from flows.registry import Registry
 from flows.settings import Settings, load_settings, refuse_contradiction
 from flows.shadow import SHADOW, batches_left
 from flows.storage import FeedError
@@ -124,6 +127,8 @@ def train_on(
 
     Raises:
         RetrainError: too few fresh labels, or of too few classes.
+        LabelsRefusedError: they cannot be learned from; the check that caused it then asks for
+            others.
     """
     settings = registry.settings
     batches = registry.view.batches()
@@ -137,14 +142,19 @@ def train_on(
     if version is None:
         require_enough(fresh, settings)
         learns = (champion.tags["digest"], stated(fresh, settings))
-        rang = that_rang(registry, champion, batches)
-        version = registry.made(
-            (*learns, settings.checks.max_regimes, sorted(rang)),
-            lambda: make_challenger(
-                registry, settings, champion, batches, fresh, rang, key, cause, check
-            ),
-            {"retrain_key": key, **_origin(champion, cause, check)},
-        )
+        rang = names_that_rang(registry, champion, batches)
+        try:
+            version = registry.made(
+                (*learns, settings.checks.max_regimes, sorted(rang)),
+                lambda: make_challenger(
+                    registry, settings, champion, batches, fresh, rang, key, cause, check
+                ),
+                {"retrain_key": key, **_origin(champion, cause, check)},
+            )
+        except LabelsRefusedError as error:
+            if check:
+                record_refusal(registry, check, fresh, str(error), error.files)
+            raise
     else:
         registry.finish_training(version)
     return version, made_now
@@ -339,10 +349,10 @@ def _origin(champion: Version, cause: str, check: str) -> dict[str, str]:
     return tags | ({"cause_check": check} if check else {})
 
 
-def that_rang(registry: Registry, champion: Version, batches: Sequence[Batch]) -> set[str]:
+def names_that_rang(registry: Registry, champion: Version, batches: Sequence[Batch]) -> set[str]:
     """Name the batches that differed from the champion's reference, all of these among them."""
     checks = registry.newest_checks(champion.number, {b.id: b.arrived for b in batches})
-    return {c.key.batch_id for c in checks if c.finished and c.alarm}
+    return {c.key.batch_id for c in that_rang(c for c in checks if c.saw_something)}
 
 
 def read_window(

@@ -11,7 +11,8 @@ from prefect import flow
 from flows.history import show_in_prefect
 from flows.logs import log
 from flows.notify import tell
-from flows.registry import ROLLBACK, Registry, RegistryError, Version
+from flows.records import ROLLBACK, RegistryError, Version
+from flows.registry import Registry
 from flows.settings import load_settings
 
 

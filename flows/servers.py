@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flows.settings import Settings, shown_uri
+from flows.settings import Settings
+from flows.words import shown_uri
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MLFLOW_USER, MLFLOW_PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
@@ -53,13 +55,18 @@ def unreachable(url: str, timeout: float = CONNECT_SECONDS) -> str | None:
         if error.code in (401, 403):  # it is there; the client's own credentials decide
             return None
         return f"answers with an error ({error})"
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"does not answer within {timeout:.0f} s ({error})"
 
 
 def basic(login: str) -> str:
     """Write `user:password` as the value of the header Authorization."""
     return "Basic " + base64.b64encode(login.encode()).decode()
+
+
+def authority(host: str, port: int) -> str:
+    """Write a host and a port as an address has them: an IPv6 host stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def start_mlflow(
@@ -105,9 +112,9 @@ def start_prefect(
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start Prefect's server on the database of the environment's PREFECT_HOME."""
-    address = f"http://{host}:{port}/api"
+    address = f"http://{authority(host, port)}/api"
     own = {**(os.environ if environment is None else environment), "PREFECT_API_URL": address}
-    own.setdefault("PREFECT_UI_API_URL", address)
+    own.setdefault("PREFECT_UI_API_URL", "/api")  # of whatever address the page came from
     command = [
         *(sys.executable, "-m", "prefect", "server", "start"),
         *("--host", host, "--port", str(port)),
@@ -129,7 +136,7 @@ def wait_until_healthy(
 
 
 def stop(started: list[subprocess.Popen[bytes]]) -> None:
-    """Stop servers and all that they started."""
+    """Ask servers, and what they started in their groups, to stop; see that the servers do."""
     for process in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)

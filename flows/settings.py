@@ -20,10 +20,11 @@ from typing import Any, Literal, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from flows.feed import FeedSettings
+from flows.words import PASSWORD
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
 from monitoring.sequential import StreamSettings
-from monitoring.triggers import Measure, measures, read_schedule
+from monitoring.triggers import MAX_DAYS, Measure, measures, read_schedule
 from sft.adaptation import AdaptationSettings
 from sft.gate import GateSettings
 from sft.models import ModelConfig
@@ -36,8 +37,16 @@ from sft.tasks import LOSSES, TASKS, Regression
 from sft.train import TrainingSettings
 
 PREFIX = "SUSTAIN_"
-PASSWORD = re.compile(r"(?<=://)[^/@\s:]*:[^/@\s]+(?=@)")
-"""User and password within an address."""
+_SECRET = re.compile(
+    r"(^|_)(key|auth|authorization|pat|pass|pwd|jwt)$|bearer|cookie|secret|token"
+    r"|passw|passphrase|credential|(^|_)sas(_|$)"
+    r"|(account|access|api|customer|private|shared)_?key|connection_?string"
+)
+"""Names by which s3fs, gcsfs, adlfs and fsspec's others take what lets in."""
+_HARMLESS = re.compile(r"(file|filename|path|name|(?<!sas_)ur[li]|md5)$")
+"""Ends of names that say where a secret is, or whose; the address with a SAS is one."""
+_PUBLIC = ("", "anon", "browser", "cache", "cloud", "google_default")
+"""Values of gcsfs's `token` that name a way to log in."""
 
 
 class SettingsError(ValueError):
@@ -83,8 +92,9 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
-        if any(char in self.name for char in "/:.%\"'") or self.name != self.name.strip():
-            raise ValueError(f"name must not hold any of / : . % \" ', got {self.name!r}")
+        odd = any(char in "/:.%\"'\\" or not char.isprintable() for char in self.name)
+        if odd or self.name != self.name.strip():
+            raise ValueError(f"name must not hold any of / : . % \" ' \\, got {self.name!r}")
         if self.task not in ("", *TASKS):
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         if self.regression_loss not in ("", *LOSSES):
@@ -120,6 +130,17 @@ class ServerSettings:
     mlflow_ui: str = "http://127.0.0.1:5000"
     prefect: str = ""
     prefect_home: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a password in a server's address, wherever it was set: clients take it apart."""
+        for name in ("mlflow", "mlflow_ui", "prefect"):
+            address = getattr(self, name)
+            if address.startswith("http") and PASSWORD.search(address):
+                raise ValueError(
+                    f"{name} must be an address without user and password: set them in the"
+                    " environment, in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and"
+                    " for Prefect in PREFECT_API_AUTH_STRING (user:password)"
+                )
 
 
 @dataclass(frozen=True)
@@ -201,8 +222,10 @@ class RetentionSettings:
     def __post_init__(self) -> None:
         """Refuse values outside their range, by name."""
         for name in ("keep", "days", "report_days"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= MAX_DAYS:
+                raise ValueError(
+                    f"{name} must lie between 0 and {MAX_DAYS:,}, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -242,14 +265,16 @@ class ScheduleSettings:
         watch: seconds from one run to the next, or a crontab line.
         prune, reconcile: crontab lines.
         timezone: of the crontab lines.
+        retrain_pool: Prefect's work pool for retrainings; empty for that of the other flows.
 
-    Of each, 0 or empty is never by itself.
+    Of each time, 0 or empty is never by itself.
     """
 
     watch: float | str = 600.0
     prune: str = "0 4 * * *"
     reconcile: str = "30 3 * * *"
     timezone: str = "UTC"
+    retrain_pool: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what is no crontab line, and an interval that no run can keep."""
@@ -257,8 +282,12 @@ class ScheduleSettings:
             value = getattr(self, name)
             if isinstance(value, str) and value:
                 read_schedule(value, self.timezone, (name, "timezone"))
-        if not isinstance(self.watch, str) and self.watch != 0 and not 1 <= self.watch < math.inf:
-            raise ValueError(f"watch must be at least 1 second, or 0 for never, got {self.watch}")
+        most = MAX_DAYS * 86_400
+        if not isinstance(self.watch, str) and self.watch != 0 and not 1 <= self.watch <= most:
+            raise ValueError(
+                f"watch must lie between 1 and {most:,} seconds, or be 0 for never,"
+                f" got {self.watch}"
+            )
 
 
 @dataclass(frozen=True)
@@ -424,7 +453,7 @@ def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> Setti
             f"there are no settings at {path}: write them with `sustain init NAME`, or name the"
             " file with --settings"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise SettingsError(f"{path.name} cannot be read as TOML: {error}") from error
 
     sections = {name: _section(path.name, name, value) for name, value in raw.items()}
@@ -537,22 +566,47 @@ def write_template(path: Path, name: str, recipe: Path | None = None) -> None:
             file.write(template.replace('name = ""', f'name = "{name}"', 1))
     except FileExistsError as error:
         raise SettingsError(f"{path} is there already; it was left as it is") from error
-
-
-def shown_uri(uri: str) -> str:
-    """Write an address without the user and the password that it may hold."""
-    return PASSWORD.sub("...", uri)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _refuse_secrets(file: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse an address with a password: the file is read by many."""
     for section, values in sections.items():
         for key, value in values.items():
-            if PASSWORD.search(str(value)):
+            server = section == "servers" and str(value).startswith("http")  # says so itself
+            if PASSWORD.search(str(value)) and not server:
                 raise SettingsError(
                     f"{file}: [{section}] {key} holds a password: take it out of the file, and set"
                     f" the environment variable {PREFIX}{section.upper()}_{key.upper()} instead"
                 )
+    options = sections.get("feed", {}).get("storage_options")
+    if found := _secrets(options):
+        raise SettingsError(
+            f"{file}: [feed] storage_options holds a secret, {', '.join(found)}: take it out of the"
+            " file. The storage's own library looks for it in the environment or a profile"
+            " (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY;"
+            " GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_CONNECTION_STRING), or set all options"
+            f" in the environment variable {PREFIX}FEED_STORAGE_OPTIONS"
+        )
+
+
+def _secrets(options: object) -> list[str]:
+    """Name the options, and those within options, that hold a secret."""
+    if isinstance(options, list):
+        return [name for one in options for name in _secrets(one)]
+    if not isinstance(options, dict):
+        return []
+    found = []
+    for name, value in options.items():
+        # accessKey and access-key as access_key
+        told = re.sub(r"(?<=[a-z])(?=[A-Z])|-", "_", name).lower()
+        public = isinstance(value, bool) or (told == "token" and value in _PUBLIC)
+        if _SECRET.search(told) and not _HARMLESS.search(told) and not public:
+            found.append(name)
+        else:
+            found += _secrets(value)
+    return found
 
 
 def _section(file: str, name: str, value: object) -> dict[str, Any]:
@@ -587,7 +641,9 @@ def _build(file: str, name: str, values: Mapping[str, Any]) -> Any:
         first = error.errors()[0]
         message = first["msg"].removeprefix("Value error, ")
         where = ".".join(str(part) for part in first["loc"])
-        stated = f" {where} = {first['input']!r}" if where else ""
+        # options may come with secrets from the environment
+        value = "" if where.startswith("storage_options") else f" = {first['input']!r}"
+        stated = f" {where}{value}" if where else ""
         raise SettingsError(f"{file}: [{name}]{stated}: {message}") from error
 
 
@@ -613,7 +669,7 @@ def _variable(variable: str) -> tuple[str, str]:
 def _parse(value: str) -> object:
     try:
         return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flows.registry import CHALLENGER, Registry, Version
+from flows.records import CHALLENGER, Version
+from flows.registry import Registry
 from monitoring.accuracy import Estimate, estimate_accuracy
 from monitoring.features import FeatureTable
 from monitoring.reference import Reference

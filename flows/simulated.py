@@ -30,7 +30,8 @@ from flows.intake import BatchData
 from flows.kept import Step, T, as_read
 from flows.meter import Cost, Meter, total
 from flows.package import Package
-from flows.registry import CheckKey, CheckRecord, Registry, RegistryError, Version
+from flows.records import CheckKey, CheckRecord, RegistryError, Version
+from flows.registry import Registry
 from flows.settings import Settings
 from flows.storage import FeedError
 from flows.view import View
@@ -342,8 +343,8 @@ class SimulatedRegistry(Registry):
                     records[record.key] = record
         return sorted(records.values(), key=lambda r: (r.number, r.ended, r.run_id))
 
-    def has_check(self, champion: int, condition: str) -> bool:
-        """Whether any check against a champion meets a condition."""
+    def has_check(self, champion: int | None, condition: str) -> bool:
+        """Whether any check against a champion, or any at all, meets a condition."""
         return bool(self.checks(champion, condition))
 
     def newest_checks(
@@ -399,6 +400,11 @@ class SimulatedRegistry(Registry):
         run = self._runs_kept[run_id]
         run.metrics |= {k: v for k, v in (metrics or {}).items() if v == v}  # noqa: PLR0124 - NaN
         run.tags |= tags or {}
+
+    def log_anew(self, run_id: str, metrics: Mapping[str, float], *, always: str) -> None:
+        """Keep metrics in the place of those that stand there."""
+        del always
+        self.log(run_id, metrics=metrics)
 
     def log_file(self, run_id: str, path: Path) -> None:
         """Keep no files."""

@@ -17,7 +17,8 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from flows.words import first_line, printable
+from flows.times import in_utc
+from flows.words import first_line, printable, shown_uri
 
 LEAVES = "path leaves the batch"
 _UNFINISHED = (".tmp", ".partial", ".part")
@@ -38,11 +39,16 @@ class Refused(Exception):  # noqa: N818 -- carries the reason to where it is rep
 
 @dataclass(frozen=True)
 class Place:
-    """A folder: its file system, its path as that file system writes it, and as a person does."""
+    """A folder: its file system, its path as that file system writes it, and as settings do."""
 
     fs: Any
     path: str
-    shown: str
+    url: str
+
+    @property
+    def shown(self) -> str:
+        """Its address, for messages."""
+        return shown_uri(self.url)
 
     @property
     def local(self) -> bool:
@@ -51,7 +57,7 @@ class Place:
 
     def child(self, name: str) -> "Place":
         """Return the folder of that name in it."""
-        return Place(self.fs, f"{self.path.rstrip('/')}/{name}", f"{self.shown}/{name}")
+        return Place(self.fs, f"{self.path.rstrip('/')}/{name}", f"{self.url}/{name}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class Entry:
 # --- listing
 
 
-def open_place(url: str, storage_options: Mapping[str, str], root: Path) -> Place:
+def open_place(url: str, storage_options: Mapping[str, Any], root: Path) -> Place:
     """Open a local path (a relative one starts at `root`) or any fsspec URL; nothing is read yet.
 
     Raises:
@@ -83,7 +89,7 @@ def open_place(url: str, storage_options: Mapping[str, str], root: Path) -> Plac
     try:
         fs, path = url_to_fs(url, **storage_options)
     except Exception as error:
-        raise FeedError(f"{url} cannot be opened: {first_line(error)}") from error
+        raise FeedError(f"{shown_uri(url)} cannot be opened: {first_line(error)}") from error
     return Place(fs, path, url.rstrip("/"))
 
 
@@ -165,11 +171,9 @@ def _as_utc(time: object) -> datetime | None:
             return datetime.fromtimestamp(time, UTC)
         if isinstance(time, str):
             time = datetime.fromisoformat(time)
+        return in_utc(time) if isinstance(time, datetime) else None
     except (ValueError, OverflowError, OSError):
         return None
-    if not isinstance(time, datetime):
-        return None
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 def visible(entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -210,18 +214,37 @@ def unusable(place: Place, name: str, entry: Entry) -> str | None:
     return problem or ("empty file" if entry.size == 0 else None)
 
 
-def read_file(place: Place, entry: Entry) -> bytes:
+def read_file(place: Place, entry: Entry, max_bytes: int) -> bytes:
     """Read a whole file.
 
     Raises:
-        Refused: it is gone, no regular file, or a link out of the place.
+        Refused: it is gone, no regular file, a link out of the place, or larger than `max_bytes`.
         FeedError: the storage failed.
     """
+    if entry.size > max_bytes:
+        raise Refused(f"too large: {entry.size} bytes > max_table_bytes={max_bytes}")
     with _told_failures(place, entry.path):
-        if place.local:
+        if not place.local:
+            content = _read_object(place, entry, max_bytes)
+        else:
             with _open_local(place.path, entry.path) as file:
-                return file.read()
-        return bytes(place.fs.cat_file(entry.path))
+                content = _read_at_most(file, max_bytes)
+    if len(content) > max_bytes:  # it is behind a link, or has grown
+        raise Refused(f"too large: more than max_table_bytes={max_bytes} bytes")
+    return content
+
+
+def _read_object(place: Place, entry: Entry, max_bytes: int) -> bytes:
+    """Read an object, or one byte more than it may have: it may be another than was listed."""
+    if entry.size:
+        return bytes(place.fs.cat_file(entry.path, start=0, end=max_bytes + 1))
+    with place.fs.open(entry.path, "rb") as file:  # empty, or untold
+        return bytes(file.read(max_bytes + 1))
+
+
+def _read_at_most(file: IO[bytes], max_bytes: int) -> bytes:
+    """Read a file, or one byte more than it may have; what is asked for is set aside at once."""
+    return file.read(min(os.fstat(file.fileno()).st_size, max_bytes) + 1)
 
 
 def open_file(place: Place, entry: Entry) -> IO[bytes]:
@@ -295,7 +318,7 @@ def read_files(
         for name, entry in wanted:
             try:
                 with _open_local(place.path, entry.path) as file:
-                    yield name, file.read(max_bytes + 1)
+                    yield name, _read_at_most(file, max_bytes)
             except (Refused, OSError) as error:
                 yield name, error if isinstance(error, Refused) else Refused(first_line(error))
         return
@@ -314,7 +337,7 @@ def read_files(
                 yield name, refused
 
 
-def read_unchanged(place: Place, entry: Entry) -> bytes:
+def read_unchanged(place: Place, entry: Entry, max_bytes: int) -> bytes:
     """Read a file that somebody may be replacing, until it was the same before and after.
 
     Raises:
@@ -323,7 +346,7 @@ def read_unchanged(place: Place, entry: Entry) -> bytes:
     """
     before = entry
     for _ in range(_ATTEMPTS):
-        content = read_file(place, before)
+        content = read_file(place, before, max_bytes)
         with _told_failures(place, entry.path):
             place.fs.invalidate_cache()
             after = _entry(entry.path, place.fs.info(entry.path))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from flows.registry import Registry, Version
+from flows.records import Version
+from flows.registry import Registry
 from sft.dataset import Role
 from sft.gate import Criterion, Verdict
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -20,6 +21,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,6 +37,7 @@ from flows.servers import (
     START_SECONDS,
     WEBHOOK_SECRET,
     ServerError,
+    authority,
     basic,
     start,
     start_mlflow,
@@ -42,7 +45,8 @@ from flows.servers import (
     stop,
     wait_until_healthy,
 )
-from flows.settings import Settings, shown_uri
+from flows.settings import Settings
+from flows.words import shown_uri
 
 LOCK = "up.lock"
 WORKER, RECEIVER = "the worker", "the webhook's receiver"
@@ -50,6 +54,9 @@ USERS, USERS_SETTINGS = "mlflow-users.db", "mlflow-users.ini"
 PREFECT_AUTH = "PREFECT_API_AUTH_STRING"
 MIN_PASSWORD = 12
 """Characters; MLflow refuses shorter ones."""
+NAME = re.compile(r"(https?://)?([\w.-]+|\[[\da-f:]+\])(:\d+)?", re.IGNORECASE | re.ASCII)
+"""What `--name` takes: a host, or a proxy's origin, the one with a port. No wildcard: MLflow and
+Prefect would let everybody in."""
 
 
 class UpError(RuntimeError):
@@ -63,7 +70,8 @@ class Place:
     Attributes:
         host: address that they bind; all but this machine's own needs credentials.
         mlflow, prefect, webhook: ports.
-        names: further names by which they are called, as through a proxy.
+        names: further hosts by which they are called, and origins (`https://host[:port]`) at which
+            a proxy serves them.
     """
 
     host: str = "127.0.0.1"
@@ -72,27 +80,51 @@ class Place:
     webhook: int = 4280
     names: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse a name that is none."""
+        for name in self.names:
+            if not NAME.fullmatch(name) or ("://" not in name and ":" in name):
+                raise UpError(
+                    f"--name takes a host, or https://host[:port] of a proxy, got {name!r}"
+                )
+
     @property
     def open(self) -> bool:
-        """Whether others than this machine may call."""
-        return self.host not in LOOPBACK
+        """Whether others than this machine may call: at its address, or through a proxy."""
+        return self.host not in LOOPBACK or bool(self.names)
 
     @property
     def near(self) -> str:
         """The host by which this machine calls them."""
-        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Every name by which they are called, the one for others first."""
+        """Every host by which they are called without a proxy, the one for others first."""
         anywhere = self.near != self.host
         own = (socket.gethostname(), socket.getfqdn()) if anywhere else (self.host,)
-        return tuple(dict.fromkeys((*self.names, *own, self.near, "127.0.0.1", "localhost")))
+        named = (name for name in self.names if "://" not in name)
+        every = (*named, *own, self.near, "127.0.0.1", "localhost")
+        return tuple(dict.fromkeys(name.lower() for name in every))
+
+    @property
+    def proxies(self) -> tuple[str, ...]:
+        """The origins at which a proxy serves them, as browsers write them."""
+        named = (name.lower() for name in self.names if "://" in name)
+        return tuple(re.sub(r"^(https://.*):443$|^(http://.*):80$", r"\1\2", one) for one in named)
+
+    def origins(self, port: int) -> tuple[str, ...]:
+        """Every origin whose pages may call the server at a port."""
+        return (*(f"http://{authority(name, port)}" for name in self.called), *self.proxies)
+
+    def hosts(self, port: int) -> tuple[str, ...]:
+        """Every host that a request to the server at a port may be for."""
+        proxied = (origin.partition("://")[2] for origin in self.proxies)
+        return (*(authority(name, port) for name in self.called), *self.called, *proxied)
 
     def url(self, port: int) -> str:
         """The address for this machine."""
-        host = f"[{self.near}]" if ":" in self.near else self.near
-        return f"http://{host}:{port}"
+        return f"http://{authority(self.near, port)}"
 
     def require_free(self, option: str, port: int) -> None:
         """Refuse a port on which somebody listens: another server would be taken for ours."""
@@ -114,12 +146,14 @@ class Running:
         place: where.
         logs: folder of their logs.
         environment: for each of them.
+        asks: they ask for credentials.
         processes: by name.
     """
 
     place: Place
     logs: Path
     environment: dict[str, str]
+    asks: bool
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def add(self, name: str, process: subprocess.Popen[bytes]) -> None:
@@ -224,10 +258,9 @@ def only_one(folder: Path) -> Iterator[None]:
 @contextmanager
 def servers(models: Sequence[Settings], place: Place, more: Mapping[str, str]) -> Iterator[Running]:
     """Give the environment in which things are started; stop all of them at the end."""
-    environment = {**os.environ, **_environment(models[0], place), **more}
-    if place.open:
-        environment |= _credentials(models[0], place)
-    running = Running(place, models[0].root / "logs", environment)
+    credentials = _credentials(models[0], place)
+    environment = {**os.environ, **_environment(models[0], place), **more, **credentials}
+    running = Running(place, models[0].root / "logs", environment, asks=bool(credentials))
     try:
         yield running
     except KeyboardInterrupt:
@@ -243,6 +276,8 @@ def _begin(running: Running, models: Sequence[Settings]) -> tuple[str, str]:
     place, environment = running.place, running.environment
     mlflow, prefect = _named(models)
     if not mlflow.startswith("http"):
+        if running.asks and find_spec("flask_wtf") is None:
+            raise UpError("for MLflow to ask for credentials: pip install 'sustain[auth]'")
         place.require_free("mlflow", place.mlflow)
         mlflow = place.url(place.mlflow)
         process = start_mlflow(
@@ -251,7 +286,7 @@ def _begin(running: Running, models: Sequence[Settings]) -> tuple[str, str]:
             running.logs,
             host=place.host,
             environment=environment,
-            options=_mlflow_options(place),
+            options=_mlflow_options(place, asks=running.asks),
             hands_out=place.open,
         )
         running.add("MLflow", process)
@@ -267,15 +302,15 @@ def _begin(running: Running, models: Sequence[Settings]) -> tuple[str, str]:
     # these come before what the TOML files say
     environment["SUSTAIN_SERVERS_MLFLOW"] = environment["MLFLOW_TRACKING_URI"] = mlflow
     environment["SUSTAIN_SERVERS_PREFECT"] = environment["PREFECT_API_URL"] = f"{prefect}/api"
-    if place.open:
+    if running.asks and "MLflow" in running.processes:
         _try_credentials(mlflow, environment)
     return mlflow, prefect
 
 
 def _named(models: Sequence[Settings]) -> tuple[str, str]:
     """Return MLflow's database or address, and Prefect's address, as all models name them."""
-    uris = sorted({one.mlflow_uri for one in models})
-    apis = sorted({one.servers.prefect.removesuffix("/api") for one in models})
+    uris = sorted({one.mlflow_uri.rstrip("/") for one in models})
+    apis = sorted({one.servers.prefect.rstrip("/").removesuffix("/api") for one in models})
     if len(uris) > 1 or len(apis) > 1:
         shown = ", ".join(shown_uri(one) for one in (*uris, *apis) if one)
         raise UpError(
@@ -288,12 +323,11 @@ def _named(models: Sequence[Settings]) -> tuple[str, str]:
 
 def _environment(first: Settings, place: Place) -> dict[str, str]:
     """Give what the servers and the worker are told, wherever they listen."""
-    origins = (f"http://{name}:{place.prefect}" for name in place.called)
     told = {
         # the receiver is on this machine
         "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins),
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(place.origins(place.prefect)),
         "PREFECT_WORKER_HEARTBEAT_SECONDS": "10",
     }
     told = {name: os.environ.get(name, value) for name, value in told.items()}
@@ -303,50 +337,52 @@ def _environment(first: Settings, place: Place) -> dict[str, str]:
 
 
 def _credentials(first: Settings, place: Place) -> dict[str, str]:
-    """Give what makes the servers ask for credentials, from those in this environment.
+    """Give what makes the servers ask for the credentials in this environment.
+
+    On loopback, where they need not, nothing unless all are there.
 
     Raises:
         UpError: they are missing, or too short.
     """
     missing = [n for n in (MLFLOW_USER, MLFLOW_PASSWORD, PREFECT_AUTH) if not os.environ.get(n)]
+    if missing and not place.open:
+        return {}
     if missing:
         raise UpError(
-            f"to listen on {place.host}, where others can call, these environment variables are"
-            f" needed: {', '.join(missing)} ({PREFECT_AUTH} is user:password). Clients need the"
-            " same ones; they stand in no file and on no command line"
+            f"to be called by others ({', '.join(place.names) or place.host}), these environment"
+            f" variables are needed: {', '.join(missing)} ({PREFECT_AUTH} is user:password)."
+            " Clients need the same ones; they stand in no file and on no command line"
         )
     user, password = os.environ[MLFLOW_USER], os.environ[MLFLOW_PASSWORD]
-    if len(password) < MIN_PASSWORD:
-        raise UpError(f"{MLFLOW_PASSWORD} needs at least {MIN_PASSWORD} characters")
     if not all(os.environ[PREFECT_AUTH].partition(":")):
         raise UpError(f"{PREFECT_AUTH} must be user:password")
+    told = {"PREFECT_SERVER_API_AUTH_STRING": os.environ[PREFECT_AUTH]}
+    if _named([first])[0].startswith("http"):  # it asks for what it likes
+        return told
+    if len(password) < MIN_PASSWORD:
+        raise UpError(f"{MLFLOW_PASSWORD} needs at least {MIN_PASSWORD} characters")
     path = first.root / USERS_SETTINGS
     path.write_text(
         f"[mlflow]\ndatabase_uri = sqlite:///{first.root / USERS}\n"
         "default_permission = NO_PERMISSIONS\n"
         "auth_cache_ttl_seconds = 60\n"  # else each request hashes the password: seconds when busy
     )
-    return {
+    return told | {
         "MLFLOW_AUTH_CONFIG_PATH": str(path),
         "MLFLOW_AUTH_ADMIN_USERNAME": user,
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": os.environ.get("MLFLOW_FLASK_SERVER_SECRET_KEY")
         or secrets.token_hex(32),
-        "PREFECT_SERVER_API_AUTH_STRING": os.environ[PREFECT_AUTH],
-        "PREFECT_UI_API_URL": f"http://{place.called[0]}:{place.prefect}/api",
     }
 
 
-def _mlflow_options(place: Place) -> list[str]:
-    """Give MLflow's own options where others can call."""
-    if not place.open:
-        return []
-    names = [f"{name}:{place.mlflow}" for name in place.called]
-    return [
-        *("--app-name", "basic-auth"),
-        *("--allowed-hosts", ",".join([*names, *place.called])),
-        *("--cors-allowed-origins", ",".join(f"http://{name}" for name in names)),
-    ]
+def _mlflow_options(place: Place, *, asks: bool) -> list[str]:
+    """Give MLflow's own options where it asks for credentials, or others can call."""
+    options = ["--app-name", "basic-auth"] if asks else []
+    if place.open:  # MLflow's defaults let loopback in
+        options += ["--allowed-hosts", ",".join(place.hosts(place.mlflow))]
+        options += ["--cors-allowed-origins", ",".join(place.origins(place.mlflow))]
+    return options
 
 
 def _try_credentials(mlflow: str, environment: Mapping[str, str]) -> None:
@@ -393,6 +429,7 @@ def _start_receiver(running: Running, files: list[str]) -> None:
     command = [
         *(sys.executable, "-m", "flows.cli", "webhook", *files, "--port", str(place.webhook)),
         *("--host", place.host, "--register", place.url(place.webhook)),
+        *(["--ask"] if running.asks else []),
     ]
     process = start(command, running.environment, running.logs / "webhook.log")
     running.add(RECEIVER, process)

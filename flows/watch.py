@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 from prefect import flow, get_client
@@ -25,9 +24,10 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
+from prefect.utilities.annotations import quote
 
 from flows.adapt import adapt_to, drift_to_adapt_to, judgeable
-from flows.ask import write_list
+from flows.ask import was_listed, write_list
 from flows.check import (
     FAILED,
     POOLED,
@@ -38,14 +38,14 @@ from flows.check import (
     load_champion,
     settle_check,
     stamps_of,
-    suppressed_tags,
 )
 from flows.decisions import (
-    UNTRAINABLE,
     Decider,
     before_alarm,
+    gather_history,
     rang_and_settled,
-    read_history,
+    record_decision,
+    refused_attempts,
 )
 from flows.feed import Batch
 from flows.fresh import (
@@ -60,7 +60,8 @@ from flows.notify import tell, tell_of_failure, untold
 from flows.probation import answer_with_before, compare, version_before
 from flows.progress import CheckBar
 from flows.promote import promote, promote_on
-from flows.registry import CheckRecord, Move, Registry, RegistryError, Version
+from flows.records import CheckRecord, Move, RegistryError, Version
+from flows.registry import Registry
 from flows.retrain import LabelsRefusedError, RetrainError, retrain, retrain_on
 from flows.rollback import roll_back, rollback
 from flows.settings import Settings, load_settings, refuse_contradiction
@@ -153,7 +154,7 @@ class Watched:
 
 def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     """Find out what there is to do, without a forward pass and without Prefect."""
-    champion = registry.champion()
+    champion, versions = registry.champion(), registry.versions()
     config = registry.config(champion)
     refuse_contradiction(settings, config)
     batches = registry.view.batches()
@@ -164,11 +165,17 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
     labels = registry.view.labels(batches, config.classes, config.task)
     fresh = fresh_set(labels, registry.learned(champion))
     here = {(batch.id, batch.digest) for batch in batches}
-    finished = [c for c in checks if c.finished and c.metrics.get("batch.samples", 0) > 0]
+    finished = [c for c in checks if c.saw_something]
     present = [c for c in finished if (c.key.batch_id, c.key.digest) in here]
-    history = read_history(registry, settings, champion, fresh, batches, finished)
+    history = gather_history(registry, settings, champion, versions, fresh, batches, finished)
     decider = Decider(
-        settings, fresh, history, now, before_alarm(finished), rang_and_settled(finished)
+        settings,
+        fresh,
+        history,
+        now,
+        before_alarm(finished),
+        rang_and_settled(finished),
+        refused_attempts(finished),
     )
     return Plan(
         champion=champion,
@@ -188,8 +195,8 @@ def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
         failed=sum((b.id, stamps[b.id]) in failed for b in batches),
         asking=decider.asking(present),
         standing=decider.standing(present),
-        adapting=drift_to_adapt_to(registry, settings, champion, present),
-        waiting=judgeable(registry, champion, labels) or out_of_shadow(registry),
+        adapting=drift_to_adapt_to(settings, champion, versions, present),
+        waiting=judgeable(registry, champion, versions, labels) or out_of_shadow(registry),
         untold=bool(settings.notify.to and untold(registry, settings, now)),
         labels=labels,
         decider=decider,
@@ -249,18 +256,13 @@ def _act(
     if standing is None:
         return (decision if plan.asking is None else _on_record(plan.asking)), ""
     decision = plan.decider.on_record(standing)
-    _record_decision(registry, standing.run_id, decision, plan.decider.name)
+    record_decision(registry, standing.run_id, decision, plan.fresh)
     if decision.action is not Action.RETRAIN:
         return decision, ""
     try:
         return decision, start_retraining(registry, plan.champion, plan.fresh, standing, decision)
-    except LabelsRefusedError as error:  # the same ones would be refused again: others are needed
-        refused = Decision(Action.ASK_FOR_LABELS, f"{decision.reason} Nothing was trained: {error}")
-        _record_decision(registry, standing.run_id, refused, plan.decider.name)
-        for name, text in error.files.items():
-            registry.log_text(standing.run_id, text, name)
-        registry.log(standing.run_id, tags={UNTRAINABLE: plan.decider.attempt})
-        return refused, ""
+    except LabelsRefusedError:  # others are needed, as it has put on record
+        return _on_record(registry.check_record(standing.run_id)), ""
     except RetrainError as error:  # another watcher was faster, or labels went away
         return decision, f"nothing was retrained: {error}"
 
@@ -307,14 +309,14 @@ def check_all(
     against = load_champion(registry, plan.champion, load_shadow(registry))
     past = Past(settings, list(plan.finished))
     checked, unread = [], []
-
+    as_task: Any = check
     bar = CheckBar(len(plan.pending), shown=registry.live)
     with bar:
         for batch in plan.pending:
-            named = partial(check.with_options, task_run_name=f"check {batch.id}")
-            one = named() if registry.live else check.fn
+            given = (registry, settings, against, batch, past, plan.decider)
             try:
-                done = one(registry, settings, against, batch, past, plan.decider)
+                # unquoted, Prefect would walk through every value of every check on record
+                done = as_task(*map(quote, given)) if registry.live else check.fn(*given)
             except FeedError as error:
                 bar.on_check(0)
                 unread.append(f"batch {batch.id} was not checked: {error}")
@@ -358,8 +360,9 @@ def settle_all(
         before = version_before(registry, plan.champion)
     by_id = {batch.id: batch for batch in plan.batches}
     requested = "tags.`sustain.requested` != ''"
-    asked = bool(plan.unsettled) and registry.has_check(plan.champion.number, requested)
+    of_champion = bool(plan.unsettled) and registry.has_check(plan.champion.number, requested)
     for record in plan.unsettled:
+        asked = of_champion or was_listed(registry, record.key.batch_id)
         if before is not None:  # first: a check counts as settled by what follows
             batch = by_id[record.key.batch_id]
             try:
@@ -442,13 +445,15 @@ def start_retraining(
         deployment = _deployment(client, full_name)
         runs = [] if deployment is None else _runs_for(client, deployment.id, key)
         by_event = deployment is not None and _starts_by_event(client, deployment.id)
-    under_way = next((run for run in runs if not _ended_badly(run)), None)
+    # one that is over and made nothing found another version serving
+    made = bool(runs) and registry.find_version(key) is not None
+    under_way = next((run for run in runs if _is_under_way(run) or (made and _is_done(run))), None)
     if under_way is not None:
         return f"the deployment {full_name} was started ({under_way.name})"
     if len(runs) >= MAX_ATTEMPTS:
-        raise RegistryError(
-            f"the deployment {full_name} failed {len(runs)} times for these labels: see its runs in"
-            " Prefect"
+        return (
+            f"nothing was retrained: the deployment {full_name} failed {len(runs)} times for these"
+            " labels; see its runs in Prefect"
         )
     # told again, it is still the same event; another model may have the same labels and settings
     attempt = f"{name}-{key}-{len(runs) + 1}"
@@ -495,25 +500,16 @@ def _starts_by_event(client: SyncPrefectClient, deployment: UUID) -> bool:
     return any(DRIFT in getattr(one.trigger, "expect", ()) for one in found)
 
 
-def _ended_badly(run: FlowRun) -> bool:
-    return run.state is not None and run.state.is_final() and not run.state.is_completed()
+def _is_under_way(run: FlowRun) -> bool:
+    return run.state is None or not run.state.is_final()
+
+
+def _is_done(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_completed()
 
 
 def _on_record(record: CheckRecord) -> Decision:
     return Decision(Action(record.action), record.reason)
-
-
-def _record_decision(registry: Registry, run_id: str, decision: Decision, fresh: str) -> None:
-    registry.log(
-        run_id,
-        tags={
-            "sustain.action": decision.action.value,
-            "sustain.reason": decision.reason,
-            **suppressed_tags(decision),
-            "sustain.fresh": fresh,
-            "mlflow.note.content": decision.reason,
-        },
-    )
 
 
 def _last_decision(checked: tuple[Checked, ...]) -> Decision:

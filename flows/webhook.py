@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -77,7 +76,7 @@ class Gatekeeper:
         try:
             moment = datetime.fromtimestamp(int(sent), UTC)
             told = json.loads(body)
-        except (ValueError, OverflowError, OSError) as error:
+        except (ValueError, OverflowError, OSError, RecursionError) as error:
             raise Refused(400, "the message is not MLflow's form") from error
         if abs(now - moment) > FRESH:
             raise Refused(401, "the message is too old, or from the future: compare the clocks")
@@ -86,6 +85,13 @@ class Gatekeeper:
             raise Refused(409, "the message came before")
         self.seen[delivery] = now
         return dict(told) if isinstance(told, dict) else {}
+
+
+def model_of(told: Mapping[str, Any]) -> str | None:
+    """Name the model that a message tells of; None when it tells of none."""
+    data = told.get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def sign(secret: str, delivery: str, sent: str, body: bytes) -> bytes:
@@ -139,26 +145,33 @@ def make_app(
         sent = request.headers.get("authorization", "")
         if login and not hmac.compare_digest(sent.encode(), basic(login).encode()):
             raise HTTPException(401, headers={"WWW-Authenticate": "Basic"})
-        return Response(exporter.text(time.monotonic()), media_type=CONTENT_TYPE_LATEST)
+        return Response(exporter.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/mlflow")
     async def moved(request: Request) -> Response:
-        if int(request.headers.get("content-length") or MAX_BYTES + 1) > MAX_BYTES:
-            raise HTTPException(413, "a message of MLflow's is shorter")
+        body = bytearray()
+        async for part in request.stream():  # whatever a header says of its length
+            body += part
+            if len(body) > MAX_BYTES:
+                raise HTTPException(413, "a message of MLflow's is shorter")
         try:
-            told = gatekeeper.admit(request.headers, await request.body(), datetime.now(UTC))
+            told = gatekeeper.admit(request.headers, bytes(body), datetime.now(UTC))
         except Refused as refused:
             raise HTTPException(refused.status, str(refused)) from refused
-        data = told.get("data")
-        if isinstance(data, dict) and data.get("name") in watchers:
-            watchers[data["name"]].ask()
+        if (name := model_of(told)) is not None and name in watchers:
+            watchers[name].ask()
         return Response(status_code=202)
 
     return app
 
 
 def serve(
-    models: Sequence[Settings], port: int, *, host: str = LOOPBACK[0], register: str = ""
+    models: Sequence[Settings],
+    port: int,
+    *,
+    host: str = LOOPBACK[0],
+    register: str = "",
+    asks: bool = False,
 ) -> None:
     """Receive until it is stopped.
 
@@ -168,6 +181,7 @@ def serve(
         host: address to listen on; anywhere but on loopback /metrics asks for the credentials of
             MLflow's clients. Put a proxy with TLS before it to be reached from elsewhere.
         register: the receiver's address as MLflow's server sees it; MLflow is told to call it.
+        asks: /metrics asks for them on loopback, too.
 
     Raises:
         WebhookError: there is no secret, or there are no credentials, in the environment.
@@ -179,11 +193,11 @@ def serve(
             " it, and nobody else's are believed (openssl rand -hex 32)"
         )
     user, password = os.environ.get(MLFLOW_USER, ""), os.environ.get(MLFLOW_PASSWORD, "")
-    login = "" if host in LOOPBACK else f"{user}:{password}"
+    login = f"{user}:{password}" if asks or host not in LOOPBACK else ""
     if login and not (user and password):
         raise WebhookError(
-            f"to listen on {host}, where others can call, {MLFLOW_USER} and {MLFLOW_PASSWORD} are"
-            " needed in the environment: /metrics asks for them"
+            f"{MLFLOW_USER} and {MLFLOW_PASSWORD} are needed in the environment: /metrics asks for"
+            f" them, with --ask and wherever others can call (here {host})"
         )
     registries = [Registry(settings) for settings in models]
     if register:

@@ -1,14 +1,28 @@
 """Counts, names and errors as they stand in the sentences that people read."""
 
+import re
 from collections.abc import Sized
 from typing import Literal
 
+PASSWORD = re.compile(
+    # user and password within an address; what follows a port is neither
+    r"(?<=://)[^/@\s:]*:(?!\d+(?:[/?#\s]|$))[^\s'\"]+(?=@)"
+    r"|(?<=[?&;])(?:password|sig|token|access_token|X-(?:Amz|Goog)-Signature"
+    r"|AccountKey|SharedAccessKey)=[^&;\s'\"]+",
+    re.IGNORECASE,
+)
+"""What of an address lets in whoever reads it."""
 _SHOWN = 3
+
+
+def shown_uri(uri: str) -> str:
+    """Write an address, or a text with addresses in it, without what lets in."""
+    return PASSWORD.sub("...", uri)
 
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, or its class where it has none."""
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    return shown_uri((str(error).strip().splitlines() or [""])[0]) or type(error).__name__
 
 
 def printable(name: str) -> str:

@@ -58,6 +58,7 @@ class Estimate:
         novelty: share of samples that are foreign, beyond what the reference's own rows would show.
         believable: False when more than a quarter is novel, and of a model of values, whose `value`
             is the reference's: then only labels tell.
+        reference_n: labels of one regime that would tell `reference` as closely; 0 if not known.
 
     """
 
@@ -67,6 +68,7 @@ class Estimate:
     reference: float
     novelty: float
     believable: bool
+    reference_n: int = 0
 
 
 def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
@@ -101,7 +103,7 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
         )
     k, kind = len(reference.classes), reference.kind
     chance = 0.5**k if kind is Kind.MULTI_LABEL else 1 / k
-    value = accuracy = variance = novelty = 0.0
+    value = accuracy = variance = novelty = per_label = 0.0
     for portion in cut:
         regime, rows = portion.home, portion.rows
         share = len(rows) / len(batch)
@@ -129,10 +131,14 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
         spread = max(disagreement, binomial)
         value += share * part_value
         accuracy += share * right
+        per_label += share**2 / len(correct)
         variance += share**2 * spread * (1 / len(rows) + 1 / len(correct))
         novelty += share * foreign
+    reference_n = math.floor(1 / per_label + 1e-9)
     if kind is Kind.REGRESSION:
-        return Estimate(accuracy, 0.0, 1.0, accuracy, novelty, believable=False)
+        return Estimate(
+            accuracy, 0.0, 1.0, accuracy, novelty, believable=False, reference_n=reference_n
+        )
     # A share of n rows comes in steps of 1/n: half a step is Yates's correction.
     margin = Z_95 * math.sqrt(variance) + 0.5 / len(batch)
     margin += UNSURE_OF_FALL * max(0.0, accuracy - value)
@@ -143,6 +149,7 @@ def estimate_accuracy(reference: Reference, batch: FeatureTable) -> Estimate:
         reference=accuracy,
         novelty=novelty,
         believable=novelty <= MAX_NOVELTY,
+        reference_n=reference_n,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from monitoring.explain import moved_columns
-from monitoring.features import Kind
+from monitoring.features import ROUNDING_ERROR, Kind
 from monitoring.kept import kept_with
 from monitoring.reference import (
     MIN_PART,
@@ -534,34 +534,44 @@ def _scatter(rows: Floats) -> Floats:
     return np.asarray(centred.T @ centred)
 
 
-def _largest(ours: Floats, theirs: Floats) -> tuple[int, float]:
-    """Find the column whose two distribution functions are farthest apart, and how far.
+def _farthest(ours: Floats, theirs: Floats) -> tuple[float, int, int]:
+    """Find where the two distribution functions of any column are farthest apart.
+
+    Values that only rounding may tell apart count as equal: a picture that comes again and again,
+    such as a blank page, is otherwise below itself in all of the batch.
 
     Args:
         ours: (n, c), each column sorted.
         theirs: (m, c), each column sorted.
 
+    Returns:
+        How far, and the rows of ours and of theirs that are below.
+
     """
     n, m = len(ours), len(theirs)
-    distances = np.empty(ours.shape[1])
-    for i in range(len(distances)):
-        one, other = ours[:, i], theirs[:, i]
+    farthest = (0.0, 0, 0)
+    for one, other in zip(ours.T, theirs.T, strict=True):
+        error = ROUNDING_ERROR * np.abs(other)
         # ours only rises between two rows of theirs: so they are farthest apart at a row of theirs
-        after = np.searchsorted(one, other, side="right") / n
-        before = np.searchsorted(one, other, side="left") / n
-        up = np.searchsorted(other, other, side="right") / m
-        down = np.searchsorted(other, other, side="left") / m
-        distances[i] = max(np.abs(up - after).max(), np.abs(down - before).max())
-    column = int(distances.argmax())
-    return column, float(distances[column])
+        after = np.searchsorted(one, other + error, side="right")
+        before = np.searchsorted(one, other - error, side="left")
+        up = np.searchsorted(other, other, side="right")
+        down = np.searchsorted(other, other, side="left")
+        apart = np.concatenate([up / m - after / n, before / n - down / m])
+        at = int(apart.argmax())
+        if apart[at] > farthest[0]:
+            below = np.concatenate([after, before])[at], np.concatenate([up, down])[at]
+            farthest = float(apart[at]), int(below[0]), int(below[1])
+    return farthest
 
 
 def _kolmogorov_smirnov(ours: Floats, theirs: Floats) -> tuple[float, float]:
     """Give the largest distance over the columns, and the p of that column alone."""
     n, m = len(ours), len(theirs)
-    column, distance = _largest(ours, theirs)
+    distance, i, j = _farthest(ours, theirs)
     if n * m <= EXACT_PAIRS:
-        exact = stats.ks_2samp(ours[:, column], theirs[:, column], method="exact")
+        # p depends on the distance alone, and these rows of two values have the same
+        exact = stats.ks_2samp(np.arange(n) >= i, np.arange(m) >= j, method="exact")
         return distance, float(exact.pvalue)
     return distance, float(stats.kstwo.sf(distance, round(n * m / (n + m))))
 

@@ -22,6 +22,7 @@ from scipy import optimize, stats
 from monitoring.features import FeatureTable, Kind, concatenate
 from monitoring.gallery import Shown, gallery
 from monitoring.reference import MIN_ROWS, ROWS_PER_DIMENSION, squared_distances, whiten
+from monitoring.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -48,7 +49,6 @@ HTML_NAME = "label_requests.html"
 BINS = 200
 """Of novelty: with 50 the 2 % of old samples in the last bin weighed as new ones."""
 LEAST_WEIGHT = 1e-3
-LEARN_REASON = "to learn from: stands for {} similar ones"
 RANDOM_REASON = "drawn at random, to judge on"
 
 _SAFE = "./"
@@ -133,7 +133,7 @@ def choose(
     weights = LEAST_WEIGHT + _new_share(novelty)
     points = _points(pool, weights)
     spread = _spread(points[free], weights[free], points[known], most - k, seed)
-    chosen = {free[i]: LEARN_REASON.format(others) for i, others in spread}
+    chosen = {free[i]: _learn_reason(others) for i, others in spread}
     reasons = dict.fromkeys(drawn, RANDOM_REASON) | chosen
     predicted = pool.words(reference.classes)
     sure = pool.confidence if pool.kind is not Kind.REGRESSION else np.full(len(pool), np.nan)
@@ -343,7 +343,15 @@ def write_requests(
     Returns:
         The path of the CSV file.
 
+    Raises:
+        ValueError: a list lies there that somebody has begun to fill in.
     """
+    path = folder / CSV_NAME
+    if path.exists() and not _is_untouched(path):
+        raise ValueError(
+            f"{path} has been filled in, and was left as it is: move it into the labels folder, or"
+            " have the new list written to another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -360,7 +368,6 @@ def write_requests(
                 _cell(request.reason),
             )
         )
-    path = folder / CSV_NAME
     # with a byte order mark, without which Excel reads no UTF-8
     _write(folder / HTML_NAME, _page(requests, thumbnails), "utf-8")
     _write(path, text.getvalue(), "utf-8-sig")
@@ -377,6 +384,22 @@ def _write(path: Path, text: str, encoding: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(text.encode(encoding, errors="backslashreplace"))
     partial.replace(path)
+
+
+def _is_untouched(path: Path) -> bool:
+    """Whether a list is as it was written: with our columns, and no label."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header, *rows = csv.reader(file)
+    except (ValueError, csv.Error):
+        return False
+    empty = all(len(row) == len(COLUMNS) and not row[1].strip() for row in rows)
+    return tuple(header) == COLUMNS and empty
+
+
+def _learn_reason(others: int) -> str:
+    alike = f"stands for {count(others, 'similar one')}" if others else "no other is like it"
+    return f"to learn from: {alike}"
 
 
 def _runs(cell: str) -> bool:

@@ -152,6 +152,7 @@ class Evidence:
         distance_rank: the share of the last checks' distances that it exceeds, None after too few.
         estimated_high: upper end of the 95 % interval of `estimated`.
         pooled: what labels told of the batches that rang, if they told anything.
+        reference_n: labels that tell `reference`, which counts as exact if that is not known (0).
 
     """
 
@@ -172,6 +173,7 @@ class Evidence:
     distance_rank: float | None = None
     estimated_high: float = math.nan
     pooled: Pooled | None = None
+    reference_n: int = 0
 
     @property
     def peers(self) -> Pooled | None:
@@ -648,7 +650,7 @@ def _true_damage(evidence: Evidence, settings: PolicySettings) -> str | None:
     if (
         peers is not None
         and has_fallen(reference, peers.accuracy, settings.min_drop)
-        and peers.high < reference
+        and _p_no_fall(evidence, peers.accuracy, peers.n) < LEVEL
         and not _labels_overrule(evidence, settings)
     ):
         return (
@@ -664,9 +666,21 @@ def _own_labels_fell(evidence: Evidence, settings: PolicySettings) -> bool:
         return False
     if not has_fallen(evidence.reference, settled, settings.min_drop):
         return False
-    right = round(settled * evidence.settled_n)
-    p_value = stats.binom.cdf(right, evidence.settled_n, evidence.reference)
-    return bool(p_value < LEVEL / (peers.n_batches if peers is not None else 1))
+    level = LEVEL / (peers.n_batches if peers is not None else 1)
+    return _p_no_fall(evidence, settled, evidence.settled_n) < level
+
+
+def _p_no_fall(evidence: Evidence, accuracy: float, n: int) -> float:
+    """Give the chance of so low an accuracy on n labels, if it is no lower than the reference's.
+
+    By Fisher's exact test, since the reference's own is known from so many labels only: were it
+    exact, a reference of 100 would show a fall that is none in up to .095 of cases at .025.
+    """
+    right = round(accuracy * n)
+    known, known_right = evidence.reference_n, round(evidence.reference * evidence.reference_n)
+    if not known:
+        return float(stats.binom.cdf(right, n, evidence.reference))
+    return float(stats.hypergeom.cdf(right, known + n, known_right + right, n))
 
 
 def has_fallen(before: float, now: float, min_drop: float) -> bool:

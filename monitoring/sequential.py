@@ -19,6 +19,7 @@ import scipy.optimize
 import scipy.special
 from scipy import stats
 
+from monitoring.features import ROUNDING_ERROR
 from monitoring.kept import kept_with
 from monitoring.reference import MIN_ROWS, Mask, Portion, Reference, portions
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from monitoring.features import FeatureTable, Floats, Integers
 
 Method = Literal["e_detector", "cusum", "per_batch"]
+
+_NOT_WRITTEN = (
+    KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError,
+)  # fmt: skip
+"""What reading a text raises that `to_json` did not write."""
 
 MIN_RUN_LENGTH = 10
 KAPPA = 0.25
@@ -157,7 +163,7 @@ class StreamEvidence:
             content = json.loads(text)
             log_e = {str(name): float(value) for name, value in content["log_e"].items()}
             return cls(float(content["p"]), log_e)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except _NOT_WRITTEN as error:
             raise ValueError(
                 f"this is no evidence of a check: {text[:80]!r} ({error}); check the batch again"
             ) from error
@@ -215,7 +221,7 @@ class Running:
             content = json.loads(text)
             sums = {str(name): float(value) for name, value in content["sums"].items()}
             return cls(sums, int(content["since"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except _NOT_WRITTEN as error:
             raise ValueError(f"this is no running sum of a stream: {text[:80]!r}") from error
 
 
@@ -394,10 +400,7 @@ class _Cell:
 
     def bet(self, scores: Floats) -> Floats:
         """Give (n,) factors for new rows' scores (n, 3)."""
-        ranks = [
-            _upper_rank(ordered, column)
-            for ordered, column in zip(self.ordered, scores.T, strict=True)
-        ]
+        ranks = _ranks(self.ordered, scores)
         return _factor(_density(_upper_rank(self.surprise, _surprise(ranks))), self.mean)
 
 
@@ -450,8 +453,7 @@ def _baseline(reference: Reference) -> _Baseline:
 def _cell(scores: Floats, said: Mask, counted: Mask, regime: Integers) -> _Cell:
     """Rank the rows and bound what each regime with at least ten of them leaves open."""
     ordered = np.sort(scores, axis=0).T
-    own = [_upper_rank(o, s, known=True) for o, s in zip(ordered, scores.T, strict=True)]
-    surprise = _surprise(own)
+    surprise = _surprise(_ranks(ordered, scores, known=True))
     ascending = np.sort(surprise)
     density = _density(_upper_rank(ascending, surprise, known=True))
     mean = float(density.mean())
@@ -476,6 +478,14 @@ def _cell(scores: Floats, said: Mask, counted: Mask, regime: Integers) -> _Cell:
         np.min(lower, axis=0),
         np.max(upper, axis=0),
     )
+
+
+def _ranks(ordered: Floats, scores: Floats, *, known: bool = False) -> list[Floats]:
+    """Rank each score (n, 3) among the ordered ones; what only rounding tells apart is as large."""
+    return [
+        _upper_rank(own, column - ROUNDING_ERROR * column, known=known)
+        for own, column in zip(ordered, scores.T, strict=True)
+    ]
 
 
 def _upper_rank(ordered: Floats, values: Floats, *, known: bool = False) -> Floats:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sft.dataset import LabelledPictures
 from sft.evaluate import mean_loss
-from sft.models import Ensemble, ModelError, Network
+from sft.models import Ensemble, ModelError, Network, fill
 from sft.ranges import at_least_one
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -112,7 +112,7 @@ def interpolate(champion: Network, tuned: Network, alpha: float) -> Network:
         if value.is_floating_point():
             place = value if value.shape == old.shape else value[: len(old)]
             place.copy_(_mix(old, place, alpha))
-    mixed.load_state_dict(state)
+    fill(mixed, state)
     return mixed.eval()
 
 
@@ -163,14 +163,12 @@ def uniform_soup(networks: Sequence[Network]) -> Network:
         _check_same(first, other)
     states = [network.state_dict() for network in networks]
     mean = copy.deepcopy(first)
-    mean.load_state_dict(
-        {
-            name: torch.stack([state[name] for state in states]).mean(0)
-            if value.is_floating_point()
-            else value
-            for name, value in states[0].items()
-        }
-    )
+    means = {
+        name: torch.stack([state[name] for state in states]).mean(0)
+        for name, value in states[0].items()
+        if value.is_floating_point()
+    }
+    fill(mean, means)
     return mean.eval()
 
 

@@ -112,12 +112,12 @@ def has_statistics(network: nn.Module) -> bool:
 class DomainNorm(nn.Module):
     """A batch norm with one set of statistics a domain; scale and shift are shared.
 
-    It always uses stored statistics, in training too. Its state has the names of the layer that it
-    stands for, with `running_mean` and `running_var` of the shape (domains, channels). The first
-    one of a network also routes: to each picture the domain whose mean signature is nearest once
-    signatures are whitened by the covariance that the domains have in common (a linear
-    discriminant). Each picture is routed by itself, so that its answer does not depend on the batch
-    that it came in.
+    It always uses stored statistics, in training too; what follows in the layer that it stands for
+    (timm's drop and act) stays. Its state has the names of that layer, with `running_mean` and
+    `running_var` of the shape (domains, channels). The first one of a network also routes: to each
+    picture the domain whose mean signature is nearest once signatures are whitened by the
+    covariance that the domains have in common (a linear discriminant). Each picture is routed by
+    itself, so that its answer does not depend on the batch that it came in.
 
     Attributes:
         centroids: (domains, d), the mean of the signatures, d = 2 x channels.
@@ -135,6 +135,8 @@ class DomainNorm(nn.Module):
         super().__init__()
         self.kind, self.momentum, self.eps = type(layer), layer.momentum, layer.eps
         self.weight, self.bias = layer.weight, layer.bias
+        for name, part in _following(layer).items():
+            self.add_module(name, part)
         self.routes = routes
         mean, variance = _known(layer.running_mean), _known(layer.running_var)
         self.register_buffer("running_mean", mean.repeat(domains, 1))
@@ -153,7 +155,7 @@ class DomainNorm(nn.Module):
         return len(self.running_mean)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise (n, channels, …) by the statistics of each picture's domain."""
+        """Normalise (n, channels, …) by the statistics of each picture's domain, and go on."""
         if self.routes:
             _DOMAINS.set(self.nearest(self.signature(inputs)))
         domain = _DOMAINS.get()
@@ -164,7 +166,10 @@ class DomainNorm(nn.Module):
         if self.bias is not None:
             offset = offset + self.bias
         shape = (*inputs.shape[:2], *[1] * (inputs.ndim - 2))
-        return torch.addcmul(offset[domain].view(shape), inputs, scale[domain].view(shape))
+        normal = torch.addcmul(offset[domain].view(shape), inputs, scale[domain].view(shape))
+        for part in self.children():
+            normal = part(normal)
+        return normal
 
     def signature(self, inputs: Tensor) -> Tensor:
         """Tell each picture's channel means and log standard deviations, (n, C, …) to (n, 2 x C).
@@ -200,6 +205,9 @@ def with_domains(network: Body, domains: int) -> Body:
 
     Every domain has the statistics that the network had, and the routing is empty: `open_bank` and
     `load` fill both.
+
+    Raises:
+        BatchNormError: no batch norm, or one that does more than is known here.
     """
     layers = [name for name, m in network.named_modules() if isinstance(m, _BatchNorm)]
     if not layers:
@@ -260,6 +268,8 @@ def without_bank(bank: Body, domain: int = 0) -> Body:
         layer.running_mean = norm.running_mean[domain].clone()
         layer.running_var = norm.running_var[domain].clone()
         layer.num_batches_tracked = getattr(norm, "num_batches_tracked", None)
+        for following, part in norm.named_children():
+            setattr(layer, following, part)
         setattr(plain.get_submodule(parent), attribute, layer.train(norm.training))
     return plain
 
@@ -311,6 +321,19 @@ def _router(bank: nn.Module) -> DomainNorm:
     if not norms:
         raise BatchNormError(f"{_name(bank)} has no bank: open one with open_bank")
     return norms[0]
+
+
+def _following(layer: _BatchNorm) -> dict[str, nn.Module]:
+    """Give what a batch norm applies after it has normalised: nothing, or timm's drop and act."""
+    kind, parts = type(layer), dict(layer.named_children())
+    if kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return {}
+    if kind.__module__.startswith("timm.") and list(parts) == ["drop", "act"]:
+        return parts
+    raise BatchNormError(
+        f"{kind.__name__} may do more than normalise, so no bank of it can be kept: set method ="
+        ' "reestimate" under [adaptation]'
+    )
 
 
 def _append(known: Tensor, new: Tensor, first: bool) -> Tensor:

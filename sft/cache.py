@@ -325,7 +325,7 @@ def cut(
     rows = count * sum(map(len, learned)) + sum(map(len, validation))
     if rows * row.nbytes > cache.max_bytes:
         return None
-    if not team.agree([float(_agree(network, tail, fresh.pixels[:2]))])[0]:
+    if not team.agree([float(agrees(network, tail, fresh.pixels[:2]))])[0]:
         return None
 
     def run(data: LabelledPictures) -> Tensor:
@@ -398,14 +398,20 @@ def _replaced(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     return same
 
 
-def _agree(network: Network, tail: Tail, pixels: Tensor) -> bool:
-    """Whether nothing but the boundary leads from the frozen part to the rest."""
+def agrees(network: Network, tail: Tail, pixels: Tensor) -> bool:
+    """Whether nothing but the boundary leads from the frozen part to the rest.
+
+    Args:
+        network: the whole.
+        tail: its part after the boundary.
+        pixels: uint8 (n, C, H, W), which both are to answer alike.
+    """
     with evaluating(network, tail), torch.no_grad():
         whole = network(pixels)
         try:
             rest = tail(activations(network, tail.at, pixels))
-        except RuntimeError:  # shapes that do not follow: the parts are not called in their order
-            return False
+        except Exception:  # noqa: BLE001 - the code between layers may read anything of them
+            return False  # shapes that do not follow: the parts are not called in their order
     return whole.shape == rest.shape and torch.allclose(whole, rest, rtol=1e-3, atol=1e-4)
 
 

@@ -152,8 +152,7 @@ def batches(
     With `balanced` as many fresh samples are drawn with repetition, each class equally often, as
     the task tells classes.
     """
-    old_count = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
-    fresh_count = max(1, batch_size - old_count)
+    fresh_count, old_count = parts(memory, batch_size, rehearsal)
     chunks = list(_order(fresh, generator, task, balanced=balanced).split(fresh_count))
     if not old_count and len(chunks) > 1 and len(chunks[-1]) == 1:  # too few for batch norm
         chunks[-2:] = [torch.cat(chunks[-2:])]
@@ -167,6 +166,31 @@ def batches(
             labels = torch.cat([labels, memory.labels[old]])
             counted = torch.cat([counted, memory.shares[old]])
         yield pixels, labels, torch.arange(len(labels)) >= len(chosen), counted
+
+
+def parts(memory: LabelledPictures | None, batch_size: int, rehearsal: float) -> tuple[int, int]:
+    """Tell how many samples of a batch are fresh, and how many old."""
+    old = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
+    return max(1, batch_size - old), old
+
+
+def often(
+    fresh: LabelledPictures,
+    memory: LabelledPictures | None,
+    *,
+    batch_size: int,
+    rehearsal: float,
+    balanced: bool = False,
+    task: Task = SINGLE_LABEL,
+) -> Tensor:
+    """Tell how often `batches` draws each sample on average, float32 (n,): fresh, then old ones."""
+    fresh_count, old_count = parts(memory, batch_size, rehearsal)
+    rates = _rates(fresh, task) if balanced else torch.ones(len(fresh))
+    rates = rates / rates.mean()
+    if memory is None or not old_count:
+        return torch.cat([rates, torch.zeros(0 if memory is None else len(memory))])
+    old = old_count / fresh_count * len(fresh) / len(memory)
+    return torch.cat([rates, torch.full((len(memory),), old)])
 
 
 def _drawn(
@@ -183,9 +207,14 @@ def _order(
 ) -> Tensor:
     if not balanced:
         return torch.randperm(len(fresh), generator=generator)
+    rates = _rates(fresh, task)
+    return torch.multinomial(rates, len(fresh), replacement=True, generator=generator)
+
+
+def _rates(fresh: LabelledPictures, task: Task) -> Tensor:
+    """Give samples the inverse of how many there are of their class, (n,)."""
     outputs = 0 if fresh.labels.ndim == 1 else fresh.labels.shape[1]
-    shares = 1 / task.alike(fresh.labels, task.counts(fresh.labels, outputs)).float()
-    return torch.multinomial(shares, len(fresh), replacement=True, generator=generator)
+    return 1 / task.alike(fresh.labels, task.counts(fresh.labels, outputs)).float()
 
 
 def mixup(

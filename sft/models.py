@@ -159,14 +159,17 @@ class Network(nn.Module):
 
         Answers are probabilities, or the values of a regression.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                embedding, logits = self.features(pixels)
-                return embedding.float().cpu(), self.config.task.answers(logits.float()).cpu()
-        finally:
-            self.train(was_training)
+        with evaluating(self), torch.inference_mode():
+            embedding, logits = self.features(pixels)
+            return embedding.float().cpu(), self.config.task.answers(logits.float()).cpu()
+
+    def answers(self, pixels: Tensor) -> Tensor:
+        """Uint8 pictures to the answers of `embed` alone.
+
+        Threads may call it at once on a network in evaluation mode; what `embed` hooks they share.
+        """
+        with evaluating(self), torch.inference_mode():
+            return self.config.task.answers(self(pixels).float()).cpu()
 
 
 def small_cnn(num_classes: int, preprocessing: Preprocessing) -> nn.Module:
@@ -330,7 +333,10 @@ def read_config(folder: Path) -> ModelConfig:
             domains=int(raw.get("domains", 1)),
             task=from_json(raw.get("task")),
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: not JSON, or refused
+    except (
+        OSError, KeyError, TypeError, AttributeError,
+        ValueError, OverflowError, RecursionError,  # not JSON, or refused
+    ) as error:  # fmt: skip
         raise ModelError(
             f"{folder / CONFIG_FILE} is not the configuration of a model: {error}"
         ) from error
@@ -392,9 +398,12 @@ def _refuse_zip_bomb(path: Path) -> None:
     """Refuse a file that unpacks to more than it holds; torch writes zip files uncompressed."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as packed:
-            odd = [one.filename for one in packed.infolist() if one.file_size > one.compress_size]
+            entries = packed.infolist()
+        odd = [one.filename for one in entries if one.file_size > one.compress_size]
         if odd:
             raise ValueError(f"{odd[0]} in it is compressed, which torch never writes")
+        if sum(one.file_size for one in entries) > path.stat().st_size:
+            raise ValueError("its parts overlap, which torch never writes")
 
 
 @dataclass(frozen=True)
@@ -721,9 +730,14 @@ def _load_strictly(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""  # noqa: PLR2004 - a few
         raise ModelError(f"{what} do not fit {architecture}: {'; '.join(wrong[:3])}{more}")
-    full = body.state_dict()  # with versions of its layers, which MNASNet insists on
-    full.update({name: state[name] for name in own})
-    body.load_state_dict(full, strict=True)
+    fill(body, {name: state[name] for name in own})
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Take weights by their names; those that are not given stay."""
+    full = module.state_dict()  # with versions of its layers, which MNASNet insists on
+    full.update(weights)
+    module.load_state_dict(full)
 
 
 def _copy(network: Network) -> Network:

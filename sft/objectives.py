@@ -13,19 +13,22 @@ from torch.nn import functional
 from sft.modes import evaluating
 
 
-def class_weights(labels: Tensor, classes: int, *, most: float = 10.0) -> Tensor:
+def class_weights(
+    labels: Tensor, classes: int, drawn: Tensor | None = None, *, most: float = 10.0
+) -> Tensor:
     """Weight each class by the inverse of its share, so that each counts the same.
 
     Args:
         labels: int64 (n,), the labels that will be trained on.
         classes: number of outputs of the head.
+        drawn: float32 (n,), how often each sample is drawn; None: all as often.
         most: no class weighs more than this many times the average, so that a class with one sample
             does not drown the others.
 
     Returns:
         float32 (classes,), with mean 1 over the classes that occur; 1 for those that do not.
     """
-    counts = torch.bincount(labels, minlength=classes).float()
+    counts = torch.bincount(labels, drawn, minlength=classes).float()
     seen = counts > 0
     weights = torch.ones(classes)
     weights[seen] = counts[seen].mean() / counts[seen]

@@ -119,7 +119,7 @@ def decode(
     """
     if not encoded:
         raise BadPicture("empty")
-    reader = _find_reader(encoded)
+    reader = _find_reader(encoded, max_pixels)
     stream = _Stream(encoded)
     # Pillow raises nearly everything on broken input; only a lack of memory is not the picture's
     try:
@@ -198,29 +198,47 @@ class _Stream(io.BytesIO):
         return data
 
 
-def _find_reader(encoded: bytes) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
+def _find_reader(encoded: bytes, max_pixels: int) -> Callable[[io.BytesIO], ImageFile.ImageFile]:
     for prefix, reader in _READERS:
         if encoded.startswith(prefix):
             if prefix == b"RIFF":
-                _check_webp(encoded)
+                _check_webp(encoded, max_pixels)
             return reader
     raise BadPicture("not a picture")
 
 
-def _check_webp(encoded: bytes) -> None:
+def _check_webp(encoded: bytes, max_pixels: int) -> None:
     riff, webp = 8, 12  # bytes: the RIFF header with the length of the rest, and the form's name
     if not b"WEBP".startswith(encoded[riff:webp]):
         raise BadPicture("not a picture")  # a sound or a film
     # libwebp calls a short file broken, so the length is compared here
     if len(encoded) < max(webp, riff + int.from_bytes(encoded[4:riff], "little")):
         raise BadPicture("truncated")
+    _refuse_bomb(*_webp_size(encoded), max_pixels)  # its reader makes room before it tells the size
+
+
+def _webp_size(encoded: bytes) -> tuple[int, int]:
+    """Read width and height from the first chunk: lossy, lossless, or of several."""
+    kind, low = encoded[12:16], 0x3FFF  # 14 bits
+    if kind == b"VP8X":
+        bits = int.from_bytes(encoded[24:30], "little")
+        return 1 + (bits & 0xFFFFFF), 1 + (bits >> 24)
+    if kind == b"VP8L":
+        bits = int.from_bytes(encoded[21:25], "little")
+        return 1 + (bits & low), 1 + (bits >> 14 & low)
+    bits = int.from_bytes(encoded[26:30], "little")
+    return bits & low, bits >> 16 & low
+
+
+def _refuse_bomb(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadPicture(f"decompression bomb: {width}x{height} > max_pixels={max_pixels}")
 
 
 def _decode(image: ImageFile.ImageFile, preprocessing: Preprocessing, max_pixels: int) -> Picture:
     width, height = image.size
     mode = image.mode
-    if width * height > max_pixels:
-        raise BadPicture(f"decompression bomb: {width}x{height} > max_pixels={max_pixels}")
+    _refuse_bomb(width, height, max_pixels)
     target = "L" if preprocessing.channels == 1 else "RGB"
     gap = 2 * preprocessing.resize_size
     image.draft(target, (gap, gap))

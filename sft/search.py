@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -12,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from sft.cache import ActivationCache, Tail
+from sft.cache import ActivationCache, Tail, agrees
 from sft.dataset import LabelledPictures
 from sft.evaluate import mean_loss
 from sft.models import Network
@@ -160,7 +162,7 @@ def search(
     parts = _folds(fresh, memory, folds, network.config.task)
     clock = _Clock(now, now() + budget_seconds)
     head = _head_only(settings)
-    tail, embed = _frozen_part(network, head, cache or ActivationCache())
+    tail, embed = _frozen_part(network, head, cache or ActivationCache(), fresh.pixels[:2])
     old = None if memory is None else embed(memory)
     embedded = _folds(embed(fresh), old, folds, network.config.task)
     race = _Race(tail, head, embedded, candidates, clock)
@@ -353,18 +355,20 @@ def _head_only(settings: TrainingSettings) -> TrainingSettings:
 
 
 def _frozen_part(
-    network: Network, settings: TrainingSettings, cache: ActivationCache
+    network: Network, settings: TrainingSettings, cache: ActivationCache, pixels: Tensor
 ) -> tuple[Network, Callable[[LabelledPictures], LabelledPictures]]:
-    """Give what follows the frozen part, and what turns pictures into what it takes."""
+    """Give what follows the frozen part, and what turns pictures into what it takes.
+
+    `pixels` are a few pictures to try the cut on.
+    """
     whole = copy.deepcopy(network).to(memory_format=torch.channels_last)
     at = boundary(whole, phases(whole, settings)[0])
-    if at is None:
-        return whole, lambda data: data
-    try:
-        tail = Tail(whole, at)
-    except ValueError:  # it cannot be cut there
-        return whole, lambda data: data
-    return tail, lambda data: replace(data, pixels=cache.get(whole, at, data))
+    if at is not None:
+        with contextlib.suppress(ValueError):  # it cannot be cut there
+            tail = Tail(whole, at)
+            if agrees(whole, tail, pixels):
+                return tail, lambda data: replace(data, pixels=cache.get(whole, at, data))
+    return whole, lambda data: data
 
 
 def _with(settings: TrainingSettings, values: Mapping[str, float]) -> TrainingSettings:

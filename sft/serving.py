@@ -28,10 +28,13 @@ ALLOWED = "SUSTAIN_MODEL_ARCHITECTURE"
 
 
 class Classifier:
-    """Answers pictures; every form of input that `predict` names gives the same answers."""
+    """Answers pictures; every form of input that `predict` names gives the same answers.
+
+    The network is put into evaluation mode, so that several requests may be answered at once.
+    """
 
     def __init__(self, network: Network) -> None:
-        self.network = network
+        self.network = network.eval()
 
     def predict(
         self,
@@ -42,7 +45,8 @@ class Classifier:
 
         Args:
             model_input: a frame with one column `image` (or its first column) or a list, of
-                base64-encoded or raw JPEG or PNG; or a uint8 array (n, H, W), (n, H, W, C).
+                base64-encoded or raw JPEG or PNG; or a uint8 array of pictures, (n, H, W) or
+                (n, H, W, C), or of one in colours, (H, W, 3) or (H, W, 4).
             params: taken for MLflow's sake; there are none.
 
         Returns:
@@ -56,15 +60,18 @@ class Classifier:
         del params
         pixels = self._pixels(model_input)
         config = self.network.config
-        answers = torch.cat([self.network.embed(chunk)[1] for chunk in pixels.split(256)])
+        answers = torch.cat([self.network.answers(chunk) for chunk in pixels.split(256)])
         return pd.DataFrame(config.task.served(answers, config.classes))
 
     def _pixels(
         self, model_input: pd.DataFrame | np.ndarray[Any, Any] | Sequence[str | bytes]
     ) -> Tensor:
         if isinstance(model_input, pd.DataFrame):
-            name = "image" if "image" in model_input.columns else model_input.columns[0]
-            model_input = model_input[name].tolist()
+            names = list(model_input.columns)
+            if not names:
+                raise ValueError("there is no column of pictures")
+            place = names.index("image") if "image" in names else 0
+            model_input = model_input.iloc[:, place].tolist()
         if isinstance(model_input, np.ndarray) and model_input.dtype.kind in "USO":
             model_input = model_input.ravel().tolist()
         if isinstance(model_input, np.ndarray):
@@ -111,6 +118,8 @@ def _as_pictures(array: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         if not whole or (array.size and (array.min() < 0 or array.max() > 255)):  # noqa: PLR2004 - a byte
             raise ValueError(f"an array of pictures must be uint8 (0 to 255), got {array.dtype}")
         array = array.astype(np.uint8)
+    if array.ndim == 3 and array.shape[2] in (3, 4):  # noqa: PLR2004 - no grey ones are so narrow
+        array = array[None]
     if array.ndim != 3 and (array.ndim != 4 or array.shape[3] not in (1, 3, 4)):  # noqa: PLR2004
         raise ValueError(f"an array of pictures is (n, H, W) or (n, H, W, C), got {array.shape}")
     return list(array)

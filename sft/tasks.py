@@ -135,9 +135,15 @@ class Task(ABC):
     def alike(self, labels: Tensor, counts: Tensor) -> Tensor:
         """Tell how many samples each one's class has, int64 (n,): the rarest of its labels."""
 
-    def weights(self, labels: Tensor, outputs: int) -> Tensor | None:
-        """Weigh classes so that each counts the same; None where there are none."""
-        del labels, outputs
+    def weights(self, labels: Tensor, outputs: int, drawn: Tensor | None = None) -> Tensor | None:
+        """Weigh classes so that each counts the same; None where there are none.
+
+        Args:
+            labels: (n, …), of all that is trained on.
+            outputs: of the head.
+            drawn: float32 (n,), how often each sample is drawn; None: all as often.
+        """
+        del labels, outputs, drawn
         return None
 
     @abstractmethod
@@ -282,9 +288,9 @@ class SingleLabel(Task):
         """Give the size of each one's class."""
         return counts[labels]
 
-    def weights(self, labels: Tensor, outputs: int) -> Tensor | None:
+    def weights(self, labels: Tensor, outputs: int, drawn: Tensor | None = None) -> Tensor | None:
         """Weigh each class by the inverse of its share."""
-        return class_weights(labels, outputs, most=MOST_WEIGHT)
+        return class_weights(labels, outputs, drawn, most=MOST_WEIGHT)
 
     def targets(self, labels: Tensor, outputs: int, *, smoothing: float = 0.0) -> Tensor:
         """Make shares of one."""
@@ -402,12 +408,12 @@ class MultiLabel(Task):
         held = torch.cat([labels > 0, labels.sum(1, keepdim=True) == 0], dim=1)
         return torch.where(held, counts, torch.iinfo(torch.int64).max).amin(dim=1)
 
-    def weights(self, labels: Tensor, outputs: int) -> Tensor | None:
+    def weights(self, labels: Tensor, outputs: int, drawn: Tensor | None = None) -> Tensor | None:
         """Weigh each label's presence so that it counts as much as its absence."""
         del outputs
-        with_it = labels.sum(0)
-        without = len(labels) - with_it
-        weight = (without / with_it.clamp(min=1)).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
+        drawn = torch.ones(len(labels)) if drawn is None else drawn
+        with_it, without = drawn @ labels, drawn @ (1 - labels)
+        weight = (without / with_it).clamp(1 / MOST_WEIGHT, MOST_WEIGHT)
         return torch.where((with_it > 0) & (without > 0), weight, 1.0)
 
     def targets(self, labels: Tensor, outputs: int, *, smoothing: float = 0.0) -> Tensor:

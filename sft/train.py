@@ -20,10 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from sft.augment import Augmentation, augment, strengths
 from sft.averaging import AfterSettings
 from sft.cache import ActivationCache, Tail, cut, frozen_part_digest
-from sft.dataset import LabelledPictures, batches, mixup
+from sft.dataset import LabelledPictures, batches, mixup, often, parts
 from sft.distributed import ALONE, Team
 from sft.evaluate import mean_loss
-from sft.models import ModelConfig, Network
+from sft.models import ModelConfig, Network, fill
 from sft.modes import evaluating
 from sft.objectives import EWC, L2SP, DarkExperience, Distillation, Penalty, Teacher, fisher
 from sft.ranges import at_least_one, below_one, not_negative, positive
@@ -78,10 +78,12 @@ class TrainingSettings(StrategySettings, RateSettings, Augmentation, AfterSettin
         rehearsal: share of each batch that is old samples.
         l2_sp, ewc, distillation, temperature, dark_experience: strengths of the terms of L_pre that
             hold the champion's weights or answers; see `sft.objectives`. 0 turns one off.
-        class_weights: each class counts the same in the loss; of several labels, the presence of
-            each as much as its absence. A regression has none.
-        balanced: each class is drawn equally often, with repetition; of several labels, samples in
-            the measure in which the rarest of theirs is rare. A regression refuses it.
+        class_weights: each class counts the same in the loss, whatever its share of the batches is
+            by fresh and rehearsed samples, `balanced` or not, but none over ten times the average;
+            of several labels, the presence of each as much as its absence. A regression has none.
+        balanced: of fresh samples each class is drawn equally often, with repetition; of several
+            labels, samples in the measure in which the rarest of theirs is rare. A regression
+            refuses it.
         label_smoothing, mixup, dropout: against overfitting; `dropout` acts before the head.
         freeze_batch_norm: keep the champion's batch-norm statistics.
         views: augmented views of each picture that are kept where a part is frozen and runs once;
@@ -271,7 +273,7 @@ def fine_tune(
                         f"no better validation {settings.stop_by} for {settings.patience} epochs"
                     )
                     break
-            network.load_state_dict(best.weights)  # where the next phase starts
+            fill(network, best.weights)  # where the next phase starts
     network.eval().to("cpu")
     return FineTuned(network, tuple(history), best.epoch, stopped, notes=tuple(notes))
 
@@ -324,9 +326,9 @@ class _Job:
     @property
     def steps(self) -> int:
         """Batches in a pass."""
-        old = self.settings.rehearsal if self.rehearsed is not None else 0.0
-        old_count = round(self.settings.batch_size * old)
-        return math.ceil(len(self.fresh) / max(1, self.settings.batch_size - old_count))
+        settings = self.settings
+        fresh_count, _ = parts(self.rehearsed, settings.batch_size, settings.rehearsal)
+        return math.ceil(len(self.fresh) / fresh_count)
 
 
 @dataclass
@@ -506,7 +508,11 @@ def _terms(
     if settings.l2_sp:
         terms.append(L2SP(start, settings.l2_sp))
     if settings.ewc:
-        old = memory.pixels[:FISHER_SAMPLES] if memory is not None else torch.empty(0)
+        old = torch.empty(0)
+        if memory is not None:  # its first samples may be of one class only
+            of_its_own = torch.Generator().manual_seed(settings.seed)
+            drawn = torch.randperm(len(memory), generator=of_its_own)[:FISHER_SAMPLES]
+            old = memory.pixels[drawn.sort().values]
         likelihood = champion.config.task.likelihood
         found = fisher(champion, old, generator=generator, likelihood=likelihood)
         terms.append(EWC(start, found, settings.ewc))
@@ -593,7 +599,16 @@ def _loss_weights(
 ) -> Tensor | None:
     if not settings.class_weights:
         return None
-    weights = network.config.task.weights(_labels(fresh, memory), len(network.config.classes))
+    task = network.config.task
+    drawn = often(
+        fresh,
+        memory,
+        batch_size=settings.batch_size,
+        rehearsal=settings.rehearsal,
+        balanced=settings.balanced,
+        task=task,
+    )
+    weights = task.weights(_labels(fresh, memory), len(network.config.classes), drawn)
     return None if weights is None else weights.to(network.mean.device)
 
 

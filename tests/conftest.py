@@ -10,6 +10,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")  # busy processes starve each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks gain nothing from more
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what has a server as slow."""
+    for item in items:
+        if item.path.parent.name in ("integration", "e2e"):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write what the tests counted of faults, if that is asked for."""
     if os.environ.get("FAILURES_TABLE"):

@@ -41,7 +41,7 @@ from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
 from sft.evaluate import Answers
-from sft.gate import GateSettings, Outcome, Pair, bootstrap, judge, mcnemar
+from sft.gate import GateSettings, Outcome, Pair, bootstrap, judge, mcnemar, sign_flips
 
 SIZES = (50, 100, 200, 400)
 GAINS = (0.0, 0.05, 0.10, 0.20)
@@ -187,15 +187,15 @@ def fresh_test(name: str, n: int, draws: int, gain: float = 0.0) -> dict[str, fl
 
 
 def bootstrap_level(name: str, n: int, draws: int) -> float:
-    """Share of draws at .05 in which scores (Brier's) of no gain pass the paired bootstrap."""
+    """Share of draws at .05 in which scores (Brier's) of no gain pass the gate's test."""
     champion, challenger = world(name).fresh[:2]
     target = np.eye(len(world(name).classes))[champion.labels]
     scores = [-((one.probabilities - target) ** 2).sum(axis=1) for one in (champion, challenger)]
     difference = scores[1] - scores[0]
     difference -= difference.mean()
     rng = np.random.default_rng(n)
-    rings = [bootstrap(rng.choice(difference, n), 499) <= ALPHA for _ in range(draws)]
-    return float(np.mean(rings))
+    drawn = (rng.choice(difference, n) for _ in range(draws))
+    return float(np.mean([max(bootstrap(x, 499), sign_flips(x, 499)) <= ALPHA for x in drawn]))
 
 
 def measure(draws: int, console: Console) -> list[Figure]:
@@ -298,7 +298,7 @@ def _later(draws: int) -> list[Figure]:
 def _bootstrap(draws: int) -> Figure:
     level = max(bootstrap_level(name, FEW, draws) for name in WORLDS)
     return Figure(
-        "paired bootstrap at .05 on Brier scores of no gain, 100 fresh samples (worst world)",
+        "test of scores at .05 on Brier scores of no gain, 100 fresh samples (worst world)",
         level,
         "≤ .06, .05 within the binomial error",
         level <= 0.06,

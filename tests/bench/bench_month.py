@@ -31,7 +31,8 @@ from rich.progress import track
 
 if TYPE_CHECKING:
     from flows.history import Tenure
-    from flows.registry import Registry, Version
+    from flows.records import Version
+    from flows.registry import Registry
 
 BATCHES, SIZE, LABELLED, LATE, DAY = 200, 40, 24, 2, 7
 KEPT = 6 * DAY

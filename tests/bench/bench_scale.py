@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import single_thread  # isort: skip -- before numpy and torch
 
+import itertools
 import os
 import random
+import socket
 import sqlite3
 import statistics
 import subprocess
@@ -57,6 +59,7 @@ max_bad_share = 0.5
 SMALL = 20
 """Pictures of a batch where batches are counted, not pictures."""
 REPEATS = 5
+SETTLE_SECONDS, MINUTE = 90.0, 60.0
 FLAT = 1.25
 """What is called flat grows by less than a quarter from the least to the most."""
 
@@ -119,6 +122,14 @@ class World:
 
         look()
         return statistics.median(cpu(look) for _ in range(REPEATS))
+
+    def scrape(self) -> float:
+        """Return the CPU seconds of telling Prometheus, once the record was read whole."""
+        from flows.metrics import FRESH_SECONDS, Exporter
+
+        exporter = Exporter([self.registry], itertools.count(step=FRESH_SECONDS).__next__)
+        exporter.text()
+        return statistics.median(cpu(exporter.text) for _ in range(REPEATS))
 
 
 def cpu(action: Callable[[], object]) -> float:
@@ -291,9 +302,10 @@ def checks(world: World) -> Iterable[Figure]:
     world.arrive("first", SMALL)
     world.watch()
     world.clear()
-    plans, watches = {}, {}
+    plans, watches, scrapes = {}, {}, {}
     for total in (100, 1000, 10_000):
         copy_checks(world, total)
+        scrapes[total] = world.scrape()
         world.arrive(f"new-{total}", SMALL)
         plans[total] = world.plan()
         took = []
@@ -316,6 +328,13 @@ def checks(world: World) -> Iterable[Figure]:
         "≤ 1.25 times with 1,000, and 0.05",
         plans[10_000] <= FLAT * plans[1000] + 0.05,
         {"with 100": plans[100], "with 1,000": plans[1000]},
+    )
+    yield Figure(
+        "telling Prometheus, 10,000 checks on record, CPU s",
+        scrapes[10_000],
+        "≤ 1.25 times with 1,000, and 0.05",
+        scrapes[10_000] <= FLAT * scrapes[1000] + 0.05,
+        {"with 100": scrapes[100], "with 1,000": scrapes[1000]},
     )
 
 
@@ -419,8 +438,125 @@ def models(world: World) -> Iterable[Figure]:
     )
 
 
+def spent(process: int) -> float:
+    """Return the CPU seconds that a process has spent."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(process: int) -> float:
+    """Return the memory of a process in MB, with its part of what it shares."""
+    text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    return int(text.partition("\nPss:")[2].split()[0]) / 1024
+
+
+def fleet(world: World, most: int = 50) -> Iterable[Figure]:
+    """Models whose flows are deployed on one Prefect server, each with its schedules."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.deploy import deploy
+    from flows.servers import start_prefect, stop, wait_until_healthy
+    from flows.settings import load_settings
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    home, url = world.root / "fleet", f"http://127.0.0.1:{port}/api"
+    server = start_prefect(port, home, environment={**os.environ, "PREFECT_HOME": str(home)})
+    models = []
+    for number in range(most):
+        path = world.root / f"model-{number}" / "sustain.toml"
+        path.parent.mkdir()
+        path.write_text(SETTINGS.replace('"scale"', f'"model-{number}"'))
+        models.append(load_settings(path, environ={}))
+    try:
+        wait_until_healthy(f"{url}/health", "Prefect", [server], home)
+        with temporary_settings({PREFECT_API_URL: url}):
+            idle, held = {}, {}
+            for total in (1, most):
+                first = cpu(lambda: deploy(models[:total]))  # noqa: B023 - called at once
+                time.sleep(SETTLE_SECONDS)  # the server schedules the coming runs
+                before = spent(server.pid)
+                time.sleep(MINUTE)
+                idle[total], held[total] = spent(server.pid) - before, memory(server.pid)
+            again = cpu(lambda: deploy(models))
+    finally:
+        stop([server])
+    yield Figure(
+        f"Prefect's server with {most} models deployed, CPU s a minute",
+        idle[most],
+        "≤ 6, a tenth of a core",
+        idle[most] <= 6,
+        {"with one": idle[1]},
+    )
+    yield Figure(
+        f"its memory with {most} models, MB",
+        held[most],
+        "≤ 100 more than with one",
+        held[most] <= held[1] + 100,
+        {"with one": held[1]},
+    )
+    yield Figure(
+        f"deploying {most} models when nothing changed, CPU s",
+        again,
+        "≤ a quarter of the first time",
+        again <= first / 4,
+        {"the first time": first},
+    )
+
+
+def processes(world: World) -> Iterable[Figure]:
+    """A ResNet-18 fine-tuned whole by one process and by two, with a thread each, by the clock."""
+    import torch
+
+    from flows import demo
+    from sft import after
+    from sft import processes as several
+    from sft.dataset import LabelledPictures
+    from sft.models import ModelConfig, build
+    from sft.pictures import Preprocessing
+    from sft.speed import ComputeSettings, Device
+    from sft.strategies import Strategy
+    from sft.train import TrainingSettings
+
+    del world
+    digits = demo._mnist()[:512]
+    pixels = torch.from_numpy(digits.pictures)[:, None].repeat_interleave(2, 2)
+    pixels = pixels.repeat_interleave(2, 3).repeat(1, 3, 1, 1)
+    known = tuple("0123456789")
+    ids = tuple(f"digit-{number}" for number in range(len(digits)))
+    fresh = LabelledPictures(ids, pixels, torch.tensor([int(label) for label in digits.labels]))
+    config = ModelConfig("resnet18", known, Preprocessing(56), (0.3,) * 3, (0.3,) * 3)
+    start = build(config)
+    settings = TrainingSettings(epochs=2, batch_size=64, strategy=Strategy.FULL, l2_sp=0.0)
+    two = ComputeSettings(device=Device.CPU, processes=2)
+
+    def clock(tune: Callable[..., object], compute: ComputeSettings) -> float:
+        began = time.perf_counter()
+        tune(start, fresh, settings, compute=compute)
+        return time.perf_counter() - began
+
+    one_alone = ComputeSettings(device=Device.CPU)
+    with several._crew(two, start) as crew:
+        several._JOINED.append(crew)
+        clock(several.tune, two)
+        took = [(clock(after.tune, one_alone), clock(several.tune, two)) for _ in range(3)]
+        several._JOINED.clear()
+    threaded = ComputeSettings(device=Device.CPU, threads=2)
+    threads = statistics.median(clock(after.tune, threaded) for _ in range(3))
+    alone, both = (statistics.median(column) for column in zip(*took, strict=True))
+    yield Figure(
+        "fine-tuning all of a ResNet-18 by two processes, times as fast as by one",
+        alone / both,
+        "≥ 1.6",
+        alone / both >= 1.6,
+        {"by one with two threads": alone / threads, "s by one": alone},
+    )
+
+
 PARTS: dict[str, Callable[[World], Iterable[Figure]]] = {
-    part.__name__: part for part in (pictures, waiting, checks, labels, versions, models)
+    part.__name__: part
+    for part in (pictures, waiting, checks, labels, versions, models, fleet, processes)
 }
 
 

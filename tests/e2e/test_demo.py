@@ -24,12 +24,12 @@ from flows.registry import Registry
 from flows.settings import load_settings
 
 
-def sustain(*arguments: str, cwd: Path) -> str:
+def sustain(*arguments: str, cwd: Path, **more: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     run = subprocess.run(
         [sys.executable, "-m", "flows.cli", *arguments],
         cwd=cwd,
-        env={**environment, "COLUMNS": "200"},
+        env={**environment, "COLUMNS": "200", **more},
         capture_output=True,
         text=True,
         timeout=400,
@@ -41,9 +41,10 @@ def sustain(*arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Run the demo once, with no server running beforehand."""
+    """Run the demo once, with no server running beforehand, beside settings for production."""
     folder = tmp_path_factory.mktemp("e2e")
-    return folder, sustain("demo", "--folder", "demo", cwd=folder)
+    production = {"SUSTAIN_SERVERS_MLFLOW": "http://127.0.0.1:9", "SUSTAIN_MODEL_NAME": "real"}
+    return folder, sustain("demo", "--folder", "demo", cwd=folder, **production)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from deployed import ask, marked
+from deployed import ask, in_session, marked
 from worlds import World, free, lay_out
 
 PATIENCE = 240.0
@@ -58,7 +58,7 @@ def wait_for(what: str, look: Callable[[], Any], up: Up) -> Any:
 
 
 @contextmanager
-def started(settings: Path, host: str = "127.0.0.1", **more: str) -> Iterator[Up]:
+def started(settings: Path, *options: str, host: str = "127.0.0.1", **more: str) -> Iterator[Up]:
     """Start it, wait until it says that it is there, and end it if the test does not."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_"))}
     mark, log, ports = (
@@ -68,7 +68,7 @@ def started(settings: Path, host: str = "127.0.0.1", **more: str) -> Iterator[Up
     )
     named = zip(("--mlflow-port", "--prefect-port", "--webhook-port"), map(str, ports), strict=True)
     command = [sys.executable, "-m", "flows.cli", "up", "-s", str(settings), "--host", host]
-    command += [word for option in named for word in option]
+    command += [*options, *(word for option in named for word in option)]
     with log.open("w") as file:
         process = subprocess.Popen(
             command,
@@ -127,7 +127,8 @@ def test_up_is_alone_asks_for_credentials_and_leaves_nothing(tmp_path: Path) -> 
         "MLFLOW_TRACKING_PASSWORD": PASSWORD,
         "PREFECT_API_AUTH_STRING": SECRET,
     }
-    with started(small.path, "127.0.0.2", **credentials) as up:
+    proxy = "https://models.example.org"
+    with started(small.path, "--name", proxy, host="127.0.0.2", **credentials) as up:
         second = subprocess.run(
             up.command,
             env={**os.environ, **credentials},
@@ -163,6 +164,15 @@ def test_up_is_alone_asks_for_credentials_and_leaves_nothing(tmp_path: Path) -> 
         assert "access-control-allow-origin" not in answer.headers
         rebound = httpx.get(mlflow, auth=login, headers={"Host": "evil.example"})
         assert rebound.status_code == 403
+        # through the proxy that was named a page may move an alias, and finds Prefect's API
+        page = {"Origin": proxy, "Host": "models.example.org"}
+        alias = up.url(up.mlflow, "/api/2.0/mlflow/registered-models/alias")
+        move = {"name": "open", "alias": "tried", "version": "1"}
+        assert httpx.post(alias, json=move, auth=login, headers=page).status_code == 200
+        assert httpx.post(alias, json=move, auth=login, headers=stranger).status_code == 403
+        answer = httpx.post(prefect, json={}, auth=kitty, headers=page)
+        assert answer.headers["access-control-allow-origin"] == proxy
+        assert httpx.get(up.url(up.prefect, "/ui-settings")).json()["api_url"] == "/api"
 
         for file in (*(small.path.parent / "logs").iterdir(), up.log):
             text = file.read_text(errors="replace")
@@ -170,6 +180,8 @@ def test_up_is_alone_asks_for_credentials_and_leaves_nothing(tmp_path: Path) -> 
             assert "another secret" not in text
         family = up.family()
         assert len(family) >= 6  # the command's two, MLflow, Prefect, the worker, the receiver
+        (server,) = (pid for pid, line in family.items() if "-m mlflow server" in line)
+        assert len(in_session(server)) == 2  # itself and one worker
         assert not [line for line in family.values() if PASSWORD in line or "another sec" in line]
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(timeout=60) == 0
@@ -216,8 +228,9 @@ def test_a_feed_that_drifts_gets_a_new_champion_by_itself(tmp_path: Path) -> Non
         assert {one["created_by"]["type"] for one in watched} == {"SCHEDULE"}
         failed = [one for one in runs if one["state_type"] in ("FAILED", "CRASHED")]
         assert all("has no champion" in one["state"]["message"] for one in failed)  # too early
-        lines = re.findall(r'\{"time".*\}', (small.path.parent / "logs/worker.log").read_text())
-        assert any('"event": "promoted"' in line and '"version": 2' in line for line in lines)
+        log = small.path.parent / "logs/worker.log"
+        promoted = re.compile(r'\{"time".*"event": "promoted".*"version": 2.*\}')
+        wait_for("line of it", lambda: promoted.search(log.read_text()), up)
         os.kill(up.process.pid, signal.SIGKILL)
         up.process.wait()
         assert not ended(up)

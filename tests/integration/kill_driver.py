@@ -55,8 +55,10 @@ import flows.retrain
 import monitoring.report
 import sft.after
 from flows.history import read_history
+from flows.manifest import MANIFEST, check_parts
 from flows.promote import promote
-from flows.registry import CHALLENGER, CHAMPION, Registry
+from flows.records import CHALLENGER, CHAMPION, RegistryError, Version
+from flows.registry import Registry
 from flows.rollback import rollback
 from flows.servers import unreachable
 from flows.settings import load_settings
@@ -599,20 +601,21 @@ def _version(registry: Registry, version: Any) -> dict[str, Any]:
         "status": found.status,
         "description": _plain(found.description),
         "run": run.info.status,
-        "is what was registered": {
-            hashlib.sha256(manifest).hexdigest()
-            for manifest in (
-                flows.registry._manifest(folder),
-                (folder / flows.registry.MANIFEST).read_bytes(),
-            )
-        }
-        == {version.tags["digest"]},
+        "is what was registered": _as_registered(folder, version),
         "files": {
             path.relative_to(folder).as_posix(): _content(path)
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("MLmodel", flows.registry.MANIFEST)
+            if path.is_file() and path.name not in ("MLmodel", MANIFEST)
         },
     }
+
+
+def _as_registered(folder: Path, version: Version) -> bool:
+    try:
+        check_parts(folder, version)
+    except RegistryError:
+        return False
+    return True
 
 
 def _content(path: Path) -> str:

@@ -12,7 +12,8 @@ from worlds import free
 
 from flows.cli import main
 from flows.promote import promote
-from flows.registry import ROLLBACK, Registry
+from flows.records import ROLLBACK
+from flows.registry import Registry
 from flows.retrain import retrain
 from flows.servers import start_mlflow, stop, wait_until_healthy
 from flows.settings import load_settings

@@ -14,7 +14,8 @@ from worlds import World, free, make_world
 
 from flows.feed import list_batches
 from flows.fresh import fresh_set, gather_labels
-from flows.registry import CHALLENGER, CHAMPION, Registry
+from flows.records import CHALLENGER, CHAMPION
+from flows.registry import Registry
 from flows.retrain import retrain
 from flows.servers import start_mlflow, stop, wait_until_healthy
 from flows.settings import Settings

@@ -10,18 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from PIL import Image
+from prefect import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.states import Completed, Failed
 
+from flows.ask import LISTED, was_listed
 from flows.bootstrap import bootstrap
 from flows.cli import main
 from flows.demo import Digits, _mnist, _optical
 from flows.promote import promote
 from flows.registry import Registry
+from flows.retrain import LabelsRefusedError, retrain
 from flows.settings import load_settings
 from flows.watch import make_plan, watch
+from sft.dataset import Role, role_of
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
     from worlds import World
 
 
@@ -45,13 +56,16 @@ def label(world: World, batch: str, digits: Digits) -> None:
 
 
 def test_small_batches_wait_for_one_another(small_world: Callable[[str], World]) -> None:
-    """Twelve, twelve and twelve digits: the third check tests all 36, and says so."""
+    """Twelve, twelve and twelve digits: the third check tests all 36, and says so.
+
+    Nothing is filled in for what a batch's name has in braces.
+    """
     world = small_world("small")
     with world.path.open("a") as file:
         file.write("\n[checks]\nmin_batch = 30\n")
     optical = _optical()
     for place in range(3):
-        arrive(world, f"b{place}", optical[place * 12 : place * 12 + 12])
+        arrive(world, f"{{{place}}}", optical[place * 12 : place * 12 + 12])
     watched = watch(str(world.path))
     assert [c.action for c in watched.checked[:2]] == ["pooled", "pooled"]
     assert watched.checked[2].alarm
@@ -59,9 +73,9 @@ def test_small_batches_wait_for_one_another(small_world: Callable[[str], World])
     assert "12 pictures in all, fewer than min_batch = 30" in first.reason
     assert "drift.p_value" not in first.metrics
     assert (third.metrics["batch.samples"], third.metrics["batch.tested"]) == (12, 36)
-    assert "tested together with 24 pictures of b0, b1" in third.tags["sustain.notes"]
-    label(world, "b0", optical[:12])  # a batch that waited is settled like any other
-    assert "b0" in watch(str(world.path)).settled
+    assert "tested together with 24 pictures of {0}, {1}" in third.tags["sustain.notes"]
+    label(world, "{0}", optical[:12])  # a batch that waited is settled like any other
+    assert "{0}" in watch(str(world.path)).settled
     arrive(world, "b3", optical[36:40])  # the newest check waits: nothing stumbles over it
     assert [c.action for c in watch(str(world.path)).checked] == ["pooled"]
     registry = Registry(world.settings)
@@ -169,7 +183,11 @@ def test_a_slice_that_drifts_is_found_and_settled(tmp_path: Path, prefect_server
 def test_the_list_of_wanted_labels_comes_back_filled_in(
     small_world: Callable[[str], World],
 ) -> None:
-    """`sustain ask` writes a list; filled in and dropped into labels/, it settles the estimates."""
+    """`sustain ask` writes a list; filled in and dropped into labels/, it settles the estimates.
+
+    Only what the list drew at random stands for the batch, although the watch had not asked.
+    Withdrawn again, it leaves nothing that looks like the truth.
+    """
     world = small_world("ask")
     (batch,) = world.arrive(0)
     world.path.write_text(world.path.read_text().replace("min_labels = 30", "min_labels = 90"))
@@ -180,6 +198,9 @@ def test_the_list_of_wanted_labels_comes_back_filled_in(
     files = {f.path for f in registry.client.list_artifacts(check.run_id)}
     assert {"label_requests.csv", "label_requests.html"} <= files
     assert make_plan(registry, world.settings, datetime.now(UTC)).idle
+    for tag in ("sustain.requested", LISTED):
+        registry.client.delete_tag(check.run_id, tag)
+    assert not was_listed(registry, batch)
     to = world.path.parent / "wanted"
     result = CliRunner().invoke(main, ["ask", "-s", str(world.path), "--to", str(to)])
     assert result.exit_code == 0, result.output
@@ -197,6 +218,16 @@ def test_the_list_of_wanted_labels_comes_back_filled_in(
     watched = watch(str(world.path))
     assert set(watched.settled) == {batch}
     assert all("unknown column" not in problem for problem in watched.problems)
+    _, n = registry.checks(1)[0].settled
+    assert 0 < n == sum(role_of(row["sample_id"]) is not Role.TRAIN for row in rows[:50]) < 50
+    assert f"({n})" in CliRunner().invoke(main, ["status", "-s", str(world.path)]).output
+    (world.path.parent / "labels" / "half.csv").unlink()
+    watch(str(world.path))
+    assert registry.checks(1)[0].settled is None
+    shown = CliRunner().invoke(main, ["status", "-s", str(world.path)]).output
+    assert batch in shown
+    assert f"({n})" not in shown
+    assert "(0)" not in shown
 
 
 def test_a_version_that_labels_show_to_be_worse_is_rolled_back(
@@ -225,8 +256,18 @@ def test_a_version_that_labels_show_to_be_worse_is_rolled_back(
     assert make_plan(registry, settings, datetime.now(UTC)).champion.number == 1
 
 
+def runs_of(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
+    """List the runs of a deployment."""
+    of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+    return client.read_flow_runs(flow_run_filter=of_it)
+
+
 def test_a_delivery_of_wrong_labels_goes_to_a_person(small_world: Callable[[str], World]) -> None:
-    """Nothing is trained on labels that make no sense, and the same ones are not tried again."""
+    """Nothing is trained on labels that make no sense, and the same ones are not tried again.
+
+    A deployment that refuses them tells the watch by the record; one whose run made nothing, since
+    another version served meanwhile, is started again.
+    """
     world = small_world("wrong")
     text = world.path.read_text().replace("max_wrong_share = 0.99", "max_wrong_share = 0.25")
     world.path.write_text(text)
@@ -234,7 +275,22 @@ def test_a_delivery_of_wrong_labels_goes_to_a_person(small_world: Callable[[str]
     arrive(world, "wrong", optical[:300])
     rng = np.random.default_rng(0)
     label(world, "wrong", Digits(optical.pictures[:300], rng.integers(0, 10, 300)))
-    watched = watch(str(world.path))
+    with get_client(sync_client=True) as client:
+        given = {"settings_path": str(world.path)}
+        worker = client.create_deployment(client.create_flow(retrain), "wrong", parameters=given)
+        started = {watch(str(world.path)).done}
+        (run,) = runs_of(client, worker)
+        client.set_flow_run_state(run.id, Completed(), force=True)
+        started |= {watch(str(world.path)).done, watch(str(world.path)).done}
+        (run,) = (one for one in runs_of(client, worker) if one.id != run.id)
+        assert len(started) == 2
+        assert all("the deployment retrain/wrong was started" in words for words in started)
+        with pytest.raises(LabelsRefusedError):
+            retrain.fn(**run.parameters)
+        client.set_flow_run_state(run.id, Failed(), force=True)
+        watched = watch(str(world.path))
+        assert len(runs_of(client, worker)) == 2
+        client.delete_deployment(worker)
     assert watched.decision.action == "ask_for_labels"
     assert "let a person look at the labels" in watched.decision.reason
     registry = Registry(world.settings)
@@ -243,6 +299,12 @@ def test_a_delivery_of_wrong_labels_goes_to_a_person(small_world: Callable[[str]
     (asked,) = registry.checks(1)
     shown = {f.path for f in registry.client.list_artifacts(asked.run_id)}
     assert {"suspicious_labels.csv", "suspicious_labels.html"} < shown
+    assert make_plan(registry, world.settings, datetime.now(UTC)).idle
+    arrive(world, "later", optical[300:400])
+    watched = watch(str(world.path))
+    assert (watched.decision.action, watched.checked[0].action) == ("ask_for_labels",) * 2
+    assert "a retraining has refused these labels" in watched.decision.reason
+    assert "are worth labelling" in watched.done
     assert make_plan(registry, world.settings, datetime.now(UTC)).idle
     label(world, "wrong", optical[:300])  # corrected
     text = world.path.read_text() + "\n[memory]\nin_memory_mb = 0\n"

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from deployed import ask
 from prefect import get_client
+from prefect.events.actions import RunDeployment
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.states import Pending, Running, Scheduled
 
 from flows.deploy import GUARD, DeployError, deploy
 from flows.reconcile import reconcile
-from flows.registry import CheckKey, Registry
+from flows.records import CheckKey
+from flows.registry import Registry
 from flows.settings import load_settings
 
 if TYPE_CHECKING:
@@ -106,6 +109,52 @@ def test_deploying_again_changes_nothing_and_without_a_model_removes_it(
     assert "retrain/b on drift" not in final["automations"]
     with pytest.raises(DeployError, match="two of the settings are of a model called 'a'"):
         deploy([a, a], POOL)
+
+
+def test_a_trigger_that_went_is_made_again(prefect_server: str, tmp_path: Path) -> None:
+    """Deleted by hand, or never made by a deploy that was killed: deploying brings it back, once.
+
+    The deployment itself is as it should be, and another automation about it does not count.
+    """
+    pool = "trigger-test"
+    model = written(tmp_path, "t")
+    deploy([model], pool)
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("retrain/t")
+        (automation,) = client.read_automations_by_name("retrain/t on drift")
+        client.create_automation(
+            AutomationCore(
+                name="another's",
+                trigger=EventTrigger(expect={"another"}, posture=Posture.Reactive, threshold=1),
+                actions=[RunDeployment(source="selected", deployment_id=deployment.id)],
+            )
+        )
+        client.delete_automation(automation.id)
+        assert deploy([model], pool).changed == ("retrain/t",)
+        (again,) = client.read_automations_by_name("retrain/t on drift")
+        assert deploy([model], pool).changed == ()
+        assert client.read_automations_by_name("retrain/t on drift") == [again]
+        assert client.read_deployment(deployment.id).name == "t"
+    assert prefect_server
+
+
+def test_retrainings_may_run_in_another_work_pool(prefect_server: str, tmp_path: Path) -> None:
+    """They alone go there; they are found there again, and removed with their model."""
+    pool, gpus = "main-test", "gpu-test"
+    model = written(tmp_path, "g", f'[schedule]\nretrain_pool = "{gpus}"\n')
+    assert len(deploy([model], pool).made) == len(FLOWS)
+
+    def where() -> dict[str, str]:
+        found = ask(
+            prefect_server, "/deployments/filter", {"deployments": {"name": {"any_": ["g"]}}}
+        )
+        return {one["entrypoint"].rpartition(".")[2]: one["work_pool_name"] for one in found}
+
+    assert where() == {flow: gpus if flow == "retrain" else pool for flow in FLOWS}
+    assert len(deploy([model], pool).same) == len(FLOWS)
+    assert deploy([written(tmp_path, "h")], gpus).removed == ()  # these are not its own
+    assert len(deploy([written(tmp_path, "i")], pool).removed) == len(FLOWS)
+    assert where() == {}
 
 
 @pytest.mark.nightly

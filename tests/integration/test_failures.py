@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from flows.deploy import deploy
 from flows.registry import Registry
 from flows.servers import start_prefect, stop, wait_until_healthy
 from flows.storage import FeedError
-from flows.watch import watch
+from flows.watch import make_plan, watch
 
 ANYWHERE = bool(os.environ.get("KILL_ALL"))
 SOME = int(os.environ.get("KILL_SOME", "12"))
@@ -227,11 +228,18 @@ class Calm:
     kept: set[str]
 
 
+def watch_to_the_end(world: World) -> None:
+    """Check with the champion, and again with the one that it made."""
+    for _ in range(2):
+        watch(str(world.path))
+    assert make_plan(Registry(world.settings), world.settings, datetime.now(UTC)).idle
+
+
 def calm_world(folder: Path, *batches: int) -> Calm:
-    """Let nothing happen to a watch of some labelled batches."""
+    """Watch some labelled batches to the end, and let nothing happen to it."""
     world = make_world(folder, "calm")
     world.arrive(*batches, labelled=True)
-    watch(str(world.path))
+    watch_to_the_end(world)
     return Calm(facts(Registry(world.settings)), kept(world.settings))
 
 
@@ -278,9 +286,10 @@ def test_the_bucket_goes_away(
     world = world_in(store, request, tmp_path / "away", f"away_{store.lower()}", feed)
     world.arrive(0, 1, 2, labelled=True)
     there = fsspec.filesystem("s3")
-    for name in ("feed", "labels"):
-        there.put(f"{world.path.parent / name}/", f"{place}/{name}/", recursive=True)
-    read = flows.check.read_batch
+    root = world.path.parent
+    for folder in (*sorted((root / "feed").iterdir()), root / "labels"):  # one after the other
+        there.put(f"{folder}/", f"{place}/{folder.relative_to(root)}/", recursive=True)
+    see = flows.check.see_batch
     times = 0
 
     def refused(*args: Any, **kwargs: Any) -> Any:
@@ -288,12 +297,12 @@ def test_the_bucket_goes_away(
         times += 1
         if times == 2:
             bucket_server.stop()
-        return read(*args, **kwargs)
+        return see(*args, **kwargs)
 
     fault = "the bucket refuses"
     with counted(request.node, fault, store, world.settings, calm.kept):
         with monkeypatch.context() as patch:
-            patch.setattr(flows.check, "read_batch", refused)
+            patch.setattr(flows.check, "see_batch", refused)
             try:
                 with pytest.raises(FeedError, match="cannot be listed"):
                     watch(str(world.path))
@@ -301,7 +310,7 @@ def test_the_bucket_goes_away(
                 bucket_server.start()
         checked = [c.key.batch_id for c in Registry(world.settings).checks(1)]
         assert checked == ["optical-01"]
-        watch(str(world.path))
+        watch_to_the_end(world)
         assert facts(Registry(world.settings)) == calm.facts
 
 
@@ -335,9 +344,15 @@ class Mortal:
     @contextmanager
     def asked(self) -> Iterator[None]:
         """Let flows and clients in this process ask this server."""
-        from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+        from prefect.settings import (
+            PREFECT_API_URL,
+            PREFECT_CLIENT_MAX_RETRIES,
+            PREFECT_HOME,
+            temporary_settings,
+        )
 
-        with temporary_settings({PREFECT_API_URL: self.api, PREFECT_HOME: self.home}):
+        settings = {PREFECT_API_URL: self.api, PREFECT_HOME: self.home}
+        with temporary_settings({**settings, PREFECT_CLIENT_MAX_RETRIES: 2}):  # gives up sooner
             yield
 
     def worker(self, pool: str) -> subprocess.Popen[bytes]:
@@ -403,7 +418,7 @@ def test_prefect_is_killed(
                     watch(str(world.path))
             assert mortal.process is None
             mortal.begin()
-            watch(str(world.path))
+            watch_to_the_end(world)
             assert facts(Registry(world.settings)) == calm.facts
 
 
@@ -472,8 +487,8 @@ def test_killed_under_a_worker(
             if "worker" in victim:
                 workers.append(mortal.worker(name))
             wait_for("end", lambda: not {*running} & {*runs("RUNNING")}, FREED_WITHIN)
-            wait_for("champion", lambda: registry.alias("champion") == 2)
-            wait_for("rest", lambda: not list(registry._open_runs("training")))
+            with suppress(AssertionError):  # then the last line tells what is not as it was
+                wait_for("rest", lambda: facts(registry) == calm.facts)
         finally:
             stop(workers)
             for process in marked(f"WORKER_TEST={name}"):

@@ -1,5 +1,6 @@
 """What a set larger than its bound takes of the memory, in a process of its own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,10 +50,18 @@ print(use(N, 2), use(N, 4096))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells RssAnon")
 def test_memory_stays_bounded() -> None:
-    """A set of 23 MB takes less than 20 under a bound of 2, and else over 40 (it is stacked)."""
+    """Under a bound of 2 MB a set of 23 takes less than half of what it takes in memory.
+
+    There it is held twice for a moment, as its pictures are stacked. Under the bound it leaves rows
+    of a table, the network and a few batches; one copy more would be seen.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEASURED],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # or each thread keeps what it freed
     )
     bounded, whole = map(float, done.stdout.split())
-    assert bounded < 20, done.stdout
     assert whole > 40, done.stdout
+    assert bounded < whole / 2, done.stdout

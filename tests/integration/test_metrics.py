@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -45,8 +46,9 @@ def test_the_metrics_are_those_of_the_record(
     registry, blind = Registry(world.settings), Registry(other.settings)
     (check,) = registry.checks(1)
     shutil.rmtree(other.path.parent / "feed")
-    exporter = Exporter([registry, blind])
-    at_first = exporter.text(0.0)
+    now = 0.0
+    exporter = Exporter([registry, blind], lambda: now)
+    at_first = exporter.text()
     found = told(at_first)
     assert found["sustain_up"] == {"seen": 1, "blind": 0}
     assert found["sustain_queue_batches"] == {"seen": 2}
@@ -61,11 +63,16 @@ def test_the_metrics_are_those_of_the_record(
     assert "sustain_accuracy_true" not in found  # no label came for what was checked
 
     watch(str(world.path))
-    assert exporter.text(FRESH_SECONDS - 1) == at_first
-    later = told(exporter.text(FRESH_SECONDS + 1))
-    assert later["sustain_checks_total"]["seen"] >= 3
+    now = FRESH_SECONDS - 1
+    assert exporter.text() == at_first
+    now = FRESH_SECONDS + 1
+    later = told(exporter.text())
+    afresh = told(Exporter([registry]).text())
+    assert later["sustain_checks_total"]["seen"] == afresh["sustain_checks_total"]["seen"] >= 3
+    for name in (f"{SECONDS}_sum", "sustain_alarms_total"):
+        assert later[name]["seen"] == pytest.approx(afresh[name]["seen"])
     assert 0 <= later["sustain_accuracy_true"]["seen"] <= 1
-    (tmp_path / "later.prom").write_bytes(exporter.text(FRESH_SECONDS + 1))
+    (tmp_path / "later.prom").write_bytes(exporter.text())
 
     names = set(later)
     families = {*GAUGES, *(f"{n}_total" for n in COUNTERS), f"{SECONDS}_sum", f"{SECONDS}_count"}

@@ -25,7 +25,8 @@ from stores import Bucket, Postgres
 from worlds import World, free, make_world
 
 from flows.deploy import deploy
-from flows.registry import CHAMPION, Registry
+from flows.records import CHAMPION
+from flows.registry import Registry
 from flows.rollback import rollback
 from flows.servers import start_prefect, stop, wait_until_healthy
 from flows.watch import watch
@@ -144,9 +145,10 @@ def test_the_loop_over_http(kind: str, tmp_path: Path, request: pytest.FixtureRe
 
 
 SERVE = """
-import json, sys, mlflow, numpy as np
+import io, json, sys, mlflow, numpy as np
+pictures = np.load(io.BytesIO(sys.stdin.buffer.read()))
 served = mlflow.pyfunc.load_model("models:/apart@champion")
-print(json.dumps(list(served.predict(np.load(sys.stdin.buffer))["class"])))
+print(json.dumps(list(served.predict(pictures)["class"])))
 """
 
 

@@ -14,9 +14,12 @@ from flows.notify import send
 from flows.promote import promote
 from flows.registry import Registry
 from flows.rollback import rollback
+from flows.settings import NotifySettings, Settings
 from flows.watch import watch
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from worlds import World
 
 
@@ -64,6 +67,19 @@ def told(world: World) -> None:
     """Let the model's settings name the inbox."""
     with world.path.open("a") as file:
         file.write('\n[notify]\nto = ["env:TEAM_CHAT"]\n')
+
+
+def test_a_message_is_text_where_messengers_write_html(
+    tmp_path: Path, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in it was in the data: it is shown, and draws no picture from elsewhere."""
+    monkeypatch.setenv("TEAM_CHAT", f"json://127.0.0.1:{inbox.port}/?format=html")
+    team = Settings(tmp_path / "sustain.toml", notify=NotifySettings(to=("env:TEAM_CHAT",)))
+    assert send(team, "drift", "camera <img src=http://evil/x.png>\nhttp://mlflow") == []
+    (message,) = inbox.messages
+    assert "<img" not in message["message"]
+    assert "&lt;img" in message["message"]
+    assert "<br" in message["message"]
 
 
 def test_each_thing_is_told_once(small_world: Callable[[str], World], inbox: Inbox) -> None:

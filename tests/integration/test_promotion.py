@@ -17,7 +17,8 @@ from flows.bootstrap import bootstrap
 from flows.cli import main
 from flows.history import champion_at, read_history, unrecorded
 from flows.promote import promote
-from flows.registry import CHALLENGER, CHAMPION, Registry
+from flows.records import CHALLENGER, CHAMPION
+from flows.registry import Registry
 from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.watch import make_plan

@@ -13,7 +13,8 @@ from flows import demo
 from flows.cli import main
 from flows.promote import promote
 from flows.prune import prune
-from flows.registry import ArtifactError, Registry, RegistryError
+from flows.records import ArtifactError, RegistryError
+from flows.registry import Registry
 from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.watch import watch

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 from flows.cli import main
 from flows.demo import Digits, _mnist, _optical, _write_class_folders
-from flows.registry import Registry, Version
+from flows.records import Version
+from flows.registry import Registry
 from flows.settings import load_settings
 from sft.dataset import LabelledPictures, Role
 from sft.models import Network, build

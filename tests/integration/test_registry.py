@@ -6,8 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from hashlib import sha256
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import mlflow.pyfunc
@@ -17,22 +16,20 @@ import pytest
 import torch
 
 import flows.registry
-from flows.check import Past
+from flows.check import Past, settle_check
 from flows.fresh import Labels, fresh_set
+from flows.manifest import MANIFEST, PARTS, write_manifest
 from flows.package import Lineage, Package, build_reference
-from flows.registry import (
+from flows.records import (
     CHALLENGER,
     CHAMPION,
-    MANIFEST,
-    PARTS,
     ROLLBACK,
     ChampionMovedError,
     CheckKey,
-    Registry,
     RegistryError,
     Version,
-    _manifest,
 )
+from flows.registry import Registry
 from flows.rollback import rollback
 from flows.settings import load_settings
 from monitoring.sequential import StreamEvidence
@@ -296,6 +293,37 @@ def test_the_newest_checks_are_enough(registry: Registry, monkeypatch: pytest.Mo
     assert found(new=now) == 4
 
 
+class Behind(datetime):
+    """A clock that is put back."""
+
+    hours = 0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:
+        return datetime.now(tz) - timedelta(hours=cls.hours)
+
+
+def test_the_last_labels_count_although_the_clock_was_put_back(
+    registry: Registry, make: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong labels, "an hour earlier" right ones, before those none, and then right ones again."""
+    monkeypatch.setattr(flows.registry, "datetime", Behind)
+    version = make()
+    seen = registry.reference(version).regimes[0].features
+    run_id = registry.begin_check(CheckKey(version.number, "b", "digest"), "")
+    registry.log_features(run_id, seen)
+    registry.end_run(run_id)
+    right = seen.words(CLASSES)
+    wrong = [CLASSES[label == CLASSES[0]] for label in right]
+    expected = [(wrong, (0, 24)), (right, (1, 24)), ([], (1, 0)), (right, (1, 24))]
+    for hours, (labels, told) in enumerate(expected):
+        monkeypatch.setattr(Behind, "hours", hours)
+        given = pd.DataFrame({"sample_id": seen.sample_ids[: len(labels)], "label": labels})
+        settle_check(registry, registry.check_record(run_id), Labels(given, ()), asked=False)
+        metrics = registry.check_record(run_id).metrics
+        assert (metrics["accuracy.settled"], metrics["accuracy.settled_n"]) == told
+
+
 # --- the champion's moves
 
 
@@ -421,8 +449,7 @@ def test_a_rollback_to_what_cannot_serve_moves_nothing(
     if what == "unknown":  # and the record was altered to fit
         config = folder / "model/data/network/config.json"
         config.write_text(config.read_text().replace('"mlp"', '"no such network"'))
-        (folder / MANIFEST).write_bytes(_manifest(folder))
-        registry.tag(first, digest=sha256(_manifest(folder)).hexdigest())
+        registry.tag(first, digest=write_manifest(folder))
     champion, moves = registry.alias(CHAMPION), registry.moves()
     to = {"missing": 7, "first": None}.get(what, 1)
     with pytest.raises(RegistryError, match=REFUSED[what]):

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from deployed import FILE, ROOT, ask, deployments, wait_for
 
-from flows.registry import CHAMPION, Registry
+from flows.records import CHAMPION
+from flows.registry import Registry
 from flows.settings import load_settings
 from flows.watch import watch
 

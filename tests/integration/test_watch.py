@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,11 @@ from PIL import Image
 
 from flows.bootstrap import BootstrapError, bootstrap
 from flows.promote import promote
-from flows.registry import Registry, RegistryError
+from flows.records import RegistryError
+from flows.registry import Registry
 from flows.retrain import retrain
 from flows.settings import load_settings
+from flows.storage import FeedError
 from flows.watch import make_plan, watch
 from sft.models import ModelError
 
@@ -170,12 +171,11 @@ def test_a_model_that_brings_its_own_loader_is_refused(
     version = registry.version(1)
     (model,) = (world.path.parent / "mlartifacts" / version.run_id).rglob("MLmodel")
     model.write_text(model.read_text().replace("sft.serving", "os"))
-    from flows.registry import MANIFEST, PARTS, _manifest
+    from flows.manifest import PARTS, write_manifest
 
     folder = world.path.parent / "mlartifacts" / version.run_id / "artifacts"
     assert all((folder / part).exists() for part in PARTS)
-    (folder / MANIFEST).write_bytes(_manifest(folder))
-    registry.tag(version, digest=sha256(_manifest(folder)).hexdigest())
+    registry.tag(version, digest=write_manifest(folder))
     with pytest.raises(RegistryError, match=r"asks for the loader 'os'; only 'sft.serving'"):
         Registry(world.settings).network(registry.version(1))
 
@@ -240,8 +240,22 @@ def test_bootstrap_says_what_is_missing(tmp_path: Path, prefect_server: str) -> 
     with pytest.raises(BootstrapError, match="architecture is missing"):
         bootstrap(str(path), data=str(data))
     path.write_text('[model]\nname = "m"\narchitecture = "mlp"\n')
+    (tmp_path / "labels.csv").write_text("sample_id,label\n0.png,cat\n1.png,dog\n")
+    flat = tmp_path / "unlabelled"
+    shutil.copytree(data / "cat", flat)
+    with pytest.raises(BootstrapError, match=r"none of the 2 .* they are 0.png, 1.png, and pict"):
+        bootstrap(str(path), data=str(flat), labels=str(tmp_path / "labels.csv"))
+    with path.open("a") as file:
+        file.write("[feed]\nmax_table_bytes = 10\n")
+    with pytest.raises(FeedError, match="max_table_bytes"):
+        bootstrap(str(path), data=str(flat), labels=str(tmp_path / "labels.csv"))
+    path.write_text('[model]\nname = "m"\narchitecture = "mlp"\n')
     with pytest.raises(BootstrapError, match=r"all 30 labels .* are of one class \('cat'\)"):
         bootstrap(str(path), data=str(data))
+    disputed = "sample_id,label\ndata/cat/0.png,dog\ndata/cat/0.png,eel\n"
+    (tmp_path / "labels.csv").write_text(disputed)
+    with pytest.raises(BootstrapError, match=r"all 29 labels .* are of one class \('cat'\)"):
+        bootstrap(str(path), data=str(data), labels=str(tmp_path / "labels.csv"))
     shutil.copytree(data / "cat", data / "dog")
     for i in range(5, 30):
         (data / "dog" / f"{i}.png").unlink()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from deployed import in_session, marked
 from worlds import free
 
 from flows.metrics import Exporter
@@ -72,7 +73,10 @@ def test_what_mlflow_did_not_sign_is_refused(sent: dict[str, str], body: bytes, 
 def test_a_moved_alias_takes_effect_by_itself(
     small_world: Callable[[str], World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow's server calls the receiver, which watches: the version that lost is marked."""
+    """MLflow's server calls the receiver, which watches: the version that lost is marked.
+
+    A watch that runs as the receiver is stopped ends with it.
+    """
     world = small_world("hooked")
     world.arrive(0, 1, 2, labelled=True)
     retrain(str(world.path))
@@ -93,22 +97,26 @@ def test_a_moved_alias_takes_effect_by_itself(
     ]
     try:
         wait_until_healthy(f"{address}/health", "MLflow", started, logs)
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": address}
+        # the server and one worker; as shipped they are 15, with 2 GB
+        assert len(in_session(started[0].pid)) == 2
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": address, "HOOKED": str(tmp_path)}
+        mark = f"HOOKED={tmp_path}"
         started.append(subprocess.Popen(command, env=environment, start_new_session=True))
         wait(lambda: answers(f"http://127.0.0.1:{port}/health"))
         forged = httpx.post(f"http://127.0.0.1:{port}/mlflow", content=BODY, headers=headers())
         assert forged.status_code == 401
         big = httpx.post(f"http://127.0.0.1:{port}/mlflow", content=b"x" * (MAX_BYTES + 1))
         assert big.status_code == 413
-        moved = httpx.post(
-            f"{address}/api/2.0/mlflow/registered-models/alias",
-            json={"name": "hooked", "alias": "champion", "version": "1"},
-        )
-        moved.raise_for_status()
+        move = {"name": "hooked", "alias": "champion", "version": "1"}
+        alias = f"{address}/api/2.0/mlflow/registered-models/alias"
+        httpx.post(alias, json=move).raise_for_status()
         wait(lambda: registry.version(2).rolled_back)
         assert "moved by hand" in registry.version(2).tags["reason"]
+        httpx.post(alias, json=move).raise_for_status()
+        wait(lambda: any("watch" in line.split() for line in marked(mark).values()))
     finally:
         stop(started)
+    assert not marked(mark)
 
 
 def answers(url: str) -> bool:
@@ -140,3 +148,6 @@ def test_other_models_moves_are_not_ours(small_world: Callable[[str], World]) ->
     assert client.post("/mlflow", content=BODY, headers=headers(at)).status_code == 202
     assert not watcher.wanted.is_set()
     assert client.post("/mlflow", content=BODY, headers=headers(at)).status_code == 409
+    endless = (b"x" * 1000 for _ in range(10_000))
+    lies = {"content-length": "9"}
+    assert client.post("/mlflow", content=endless, headers=lies).status_code == 413

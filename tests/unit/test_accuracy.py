@@ -102,6 +102,7 @@ def test_the_reference_is_estimated_exactly(world: World) -> None:
     reference = reference_of(world, np.arange(500))
     estimate = estimate_accuracy(reference, reference.regimes[0].features)
     assert estimate.value == pytest.approx(reference.accuracy, abs=1e-12)
+    assert estimate.reference_n == 500
 
 
 def test_saturated_confidence_is_calibrated_too(world: World) -> None:

@@ -22,6 +22,7 @@ from sft.pictures import Preprocessing
 from sft.strategies import Strategy
 from sft.train import TrainingError, TrainingSettings, fine_tune
 
+pytestmark = pytest.mark.slow
 CONFIG = ModelConfig(
     "small_cnn", tuple("0123456789"), Preprocessing(8, channels=1), (0.3,), (0.35,)
 )
@@ -232,3 +233,16 @@ def test_what_cannot_follow_is_refused(changes: dict[str, object], message: str)
     """By the setting's name."""
     with pytest.raises(ValueError, match=message):
         replace(SHORT, **changes)  # type: ignore[arg-type]  # of its fields
+
+
+@pytest.mark.parametrize("after", [After.INTERPOLATE, After.SOUP])
+def test_a_network_that_insists_on_the_versions_of_its_layers_is_tuned(after: After) -> None:
+    """MNASNet refuses a state dict without them; its head learns, and what follows mixes it."""
+    seen = ModelConfig("mnasnet0_5", ("a", "b"), Preprocessing(16), (0.5,) * 3, (0.5,) * 3)
+    data = LabelledPictures(
+        ("b/0", "b/1"), torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).to(torch.uint8),
+        torch.tensor([0, 1]),
+    )  # fmt: skip
+    settings = TrainingSettings(epochs=1, strategy=Strategy.HEAD, after=after, members=2)
+    start = build(seen)
+    assert not same(tune(start, data, settings, validation=(data.take([0, 1] * 3),)).network, start)

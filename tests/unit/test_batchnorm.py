@@ -45,6 +45,39 @@ def network(seed: int = 0) -> nn.Sequential:
         )  # fmt: skip
 
 
+class Doubled(nn.BatchNorm2d):
+    """Does more than normalise."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        return 2 * super().forward(given)
+
+
+def test_what_a_batch_norm_of_timms_does_besides_stays() -> None:
+    """Its activation is applied in a bank, kept in its state, and given back."""
+    timm = pytest.importorskip("timm")
+    plain = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        timm.layers.BatchNormAct2d(4, act_layer=nn.PReLU),
+        timm.layers.BatchNormAct2d(4, apply_act=False, drop_layer=nn.Tanh),
+    ).eval()
+    bank = add_domain(open_bank(plain, noise()), noise(seed=1) * 3).eval()
+    back = without_bank(bank).eval()
+    with torch.no_grad():
+        before = plain(noise())
+        torch.testing.assert_close(bank(noise()), before)
+        assert back(noise()).equal(before)
+    assert bank.state_dict().keys() - plain.state_dict().keys() == {
+        "1.centroids", "1.covariances", "1.whitening"
+    }  # fmt: skip
+    assert type(back[1]) is timm.layers.BatchNormAct2d
+
+
+def test_a_batch_norm_that_does_something_unknown_is_refused() -> None:
+    """What it does would be lost; the message names the layer and the way out."""
+    with pytest.raises(BatchNormError, match=r'Doubled may do more .* method = "reestimate"'):
+        open_bank(nn.Sequential(Doubled(1)), noise())
+
+
 def noise(n: int = 40, seed: int = 0) -> Tensor:
     return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 

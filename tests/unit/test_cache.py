@@ -293,10 +293,16 @@ def test_nothing_is_cut_where_it_would_be_wrong() -> None:
             hidden = self.first(scaled.flatten(1))
             return self.last(hidden.relu()) + hidden[:, :3]
 
-    around = Network(of.config, Around())
-    phase = phases(around, SETTINGS)[0]
-    assert boundary(around, phase) == "body.last"
-    assert cut(around, phase, ActivationCache(), data) is None
+    class Asks(Around):
+        def forward(self, scaled: Tensor) -> Tensor:
+            hidden = self.first(scaled.flatten(1))
+            return self.last(hidden.view(-1, self.first.out_features))
+
+    for body in (Around(), Asks()):
+        around = Network(of.config, body)
+        phase = phases(around, SETTINGS)[0]
+        assert boundary(around, phase) == "body.last"
+        assert cut(around, phase, ActivationCache(), data) is None
 
     class CountsPictures(nn.Module):
         def __init__(self) -> None:

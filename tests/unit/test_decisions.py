@@ -5,20 +5,33 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pandas as pd
 import pytest
 
-from flows.decisions import POOLED_LABELS, Decider, before_alarm, rang_and_settled
+from flows.check import POOLED, Past, that_rang
+from flows.decisions import (
+    POOLED_LABELS,
+    Decider,
+    before_alarm,
+    gather_history,
+    rang_and_settled,
+    untried,
+)
 from flows.fresh import FreshSet
-from flows.registry import CheckKey, CheckRecord
+from flows.records import CheckKey, CheckRecord, Version
+from flows.registry import Registry
 from flows.settings import load_settings
 from monitoring.policy import Evidence, FreshFrom, History
+from monitoring.sequential import StreamEvidence
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+POOL = {"sustain.action": POOLED}
 
 
-def checked(batch: str, *, alarm: bool, digest: str = "d", **accuracy: float) -> CheckRecord:
+def checked(batch: str, digest: str = "d", *, alarm: bool, **accuracy: float) -> CheckRecord:
     metrics = {"drift.p_value": 0.1, "drift.alarm": float(alarm)}
     metrics |= {f"accuracy.{name}": value for name, value in accuracy.items()}
     return CheckRecord("r", CheckKey(1, batch, digest), True, "s", {}, metrics, NOW, NOW)
@@ -31,6 +44,47 @@ def test_what_was_checked_before_the_first_alarm_is_quiet() -> None:
     assert before_alarm([quiet, grew, rang, *later]) == {"a"}
     assert before_alarm([quiet, grew]) == {"a", "b"}
     assert before_alarm([]) == frozenset()
+
+
+def test_small_batches_ring_with_the_one_that_they_were_tested_with() -> None:
+    """Those that waited for it, as they are now; not those that a quiet one was tested with."""
+    waited = [replace(checked(name, alarm=False), tags=POOL) for name in "abcd"]
+    quiet, rang = checked("q", alarm=False), checked("r", alarm=True)
+    checks = [waited[0], quiet, *waited[1:3], rang, waited[3]]
+    assert [check.key.batch_id for check in that_rang(checks)] == ["b", "c", "r"]
+    assert before_alarm(checks) == {"a", "q"}
+
+
+def test_a_batch_that_grew_counts_once(tmp_path: Path) -> None:
+    """In the stream as it is now, not at all while it is checked; waiting, and by its labels."""
+    path = tmp_path / "sustain.toml"
+    path.write_text('[model]\nname = "m"\n')
+    settings = load_settings(path, environ={})
+
+    def seen(batch: str, digest: str, p_value: float, number: int) -> CheckRecord:
+        evidence = StreamEvidence(p_value, {"novelty": 0.1}).to_json()
+        tags = {"sustain.stream": evidence, "sustain.number": str(number)}
+        return replace(checked(batch, alarm=False, digest=digest), tags=tags)
+
+    a, small = seen("a", "1", 0.5, 1), seen("b", "1", 0.01, 2)
+    larger, c = seen("b", "2", 0.02, 3), seen("c", "1", 0.3, 4)
+    once = Past(settings, [a, larger, c]).running
+    grown = Past(settings, [a, small])
+    assert grown.before("b").running == Past(settings, [a]).running
+    assert grown.before("c") is grown
+    grown.append(larger)
+    grown.append(c)
+    assert grown.running == once == Past(settings, [a, small, larger, c]).running
+    assert grown.before("b").number == grown.number == 5
+    waiting = [replace(checked(*key, alarm=False), tags=POOL) for key in ("x1", "y1", "x2")]
+    assert Past(settings, waiting).waiting == waiting[1:]
+    assert Past(settings, waiting).before("x").waiting == waiting[1:2]
+    labels = {"settled": 0.9, "estimate_error": -0.2}
+    first = checked("x", alarm=True, **labels, settled_n=40.0)
+    second = checked("x", alarm=True, digest="2", **labels, settled_n=50.0)
+    pooled = rang_and_settled([first, second])
+    assert pooled is not None
+    assert pooled.n == 50
 
 
 def test_labels_of_the_newest_batches_that_rang_are_pooled() -> None:
@@ -77,3 +131,48 @@ def test_an_alarm_may_call_for_labels_of_its_own(
     decider = Decider(replace(settings, policy=policy), fresh, History(), NOW, quiet)
     evidence = Evidence("b", alarm, p_value=0.1, alpha=0.01, estimated=0.7, reference=0.9)
     assert words in decider.decide(evidence).reason
+
+
+def test_what_was_rolled_back_is_not_made_again_from_further_back(tmp_path: Path) -> None:
+    """1 made 2, 2 made 3, and the alias went from 3 to 1: the labels of both have been tried."""
+    path = tmp_path / "sustain.toml"
+    path.write_text('[model]\nname = "m"\n')
+    back = {"digest": "x", "verdict": "promote", "rolled_back_at": NOW.isoformat()}
+    one = Version(1, "r1", {"digest": "x", "verdict": "first"}, NOW)
+    two = Version(2, "r2", {"parent": "1", "digest": "x", "verdict": "promote"}, NOW)
+    three = Version(3, "r3", {"parent": "2", **back}, NOW)
+    ids = [f"a/{number}.png" for number in range(800)]
+    table = pd.DataFrame({"sample_id": ids, "label": "x"})
+    learned = {2: table[:400], 3: table}
+    settings = load_settings(path, environ={})
+    record = SimpleNamespace(
+        settings=settings,
+        learned=lambda version: learned[version.number],
+        alias=lambda _: None,
+        training_seconds=lambda _: None,
+    )
+
+    def remade(fresh: pd.DataFrame, *versions: Version) -> str | None:
+        made = [one, *versions]
+        given = (cast("Registry", record), settings, one, made, FreshSet(fresh), [], [])
+        return gather_history(*given).remade
+
+    assert remade(table, two, three) == "version 3, which was rolled back (0 labels are new since)"
+    more = pd.DataFrame({"sample_id": [f"b/{n}" for n in range(400)], "label": "x"})
+    assert remade(pd.concat([table, more]), two, three) is None
+    assert remade(table, two) is None  # nobody has rolled it back
+
+
+def test_older_versions_are_read_only_while_enough_labels_are_untried() -> None:
+    """A label counts as it was tried last; few that are left end the reading."""
+
+    def table(**labels: str) -> pd.DataFrame:
+        return pd.DataFrame({"sample_id": list(labels), "label": list(labels.values())})
+
+    fresh = FreshSet(table(a="0", b="1", c="2", d="3"))
+    newest, older, oldest = table(a="0", b="9", x="1"), table(b="1", c="2"), table(d="3")
+    unread = iter([newest, older, oldest])
+    assert untried(fresh, unread, 3) == 2, "b was tried as 9 last, and d not yet"
+    assert [*unread] == [oldest]
+    assert untried(fresh, [newest, older, oldest], 1) == 1
+    assert untried(fresh, [], 1) == 4

@@ -234,6 +234,7 @@ def test_joint_shares_the_error_rate() -> None:
         Joint(())
 
 
+@pytest.mark.slow
 def test_known_worlds_are_quiet_in_any_mixture() -> None:
     """Pure and mixed batches of known worlds ring no more often than stated."""
     rng = np.random.default_rng(3)
@@ -298,6 +299,7 @@ def test_columns_that_moved_are_named_with_figures() -> None:
     assert len(words) <= 5
 
 
+@pytest.mark.slow
 def test_nothing_is_named_when_nothing_moved() -> None:
     """Quiet batches, mixtures of known worlds and single pictures name next to nothing."""
     rng = np.random.default_rng(7)
@@ -392,6 +394,7 @@ def test_statistics_that_both_have_are_compared(columns: list[str]) -> None:
     assert not any("height" in word or "width" in word for word in words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old_share", "m"),
     [

@@ -97,6 +97,19 @@ def test_a_late_label_corrects_an_early_one(settings: Settings) -> None:
     assert gather_labels(settings, batches, ("x", "y")).of_batch("b1")["b1/x/1.png"] == "y"
 
 
+def test_late_labels_that_contradict_one_another_leave_no_label(settings: Settings) -> None:
+    """Neither one of them nor the class folder's, which they deny; a later correction counts."""
+    file = settings.root / "labels" / "1.csv"
+    file.write_text("sample_id,label\nb1/x/1.png,y\nb1/x/1.png,z\n")
+    batches = list_batches(settings.feed, settings.root)
+    found = gather_labels(settings, batches, ("x", "y", "z"))
+    assert found.of_batch("b1") == {"b1/y/1.png": "y"}
+    assert "left out: b1/x/1.png ('y' or 'z')" in found.problems[0]
+    (settings.root / "labels" / "2.csv").write_text("sample_id,label\nb1/x/1.png,z\n")
+    corrected = gather_labels(settings, batches, ("x", "y", "z"))
+    assert corrected.of_batch("b1") == {"b1/x/1.png": "z", "b1/y/1.png": "y"}
+
+
 @pytest.mark.parametrize("name", ["gone/1.png", "b1/x/2.png"])
 def test_labels_for_nothing_are_reported(settings: Settings, name: str) -> None:
     """A label for a batch or a picture that the feed does not hold is told, and left out."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sft.evaluate import Answers
 from sft.gate import (
@@ -19,8 +20,9 @@ from sft.gate import (
     mcnemar,
     paired_p_value,
     samples_for_power,
+    sign_flips,
 )
-from sft.tasks import Regression
+from sft.tasks import MultiLabel, Regression
 
 SETTINGS = GateSettings()
 CLASSES = ("a", "b", "c", "d")
@@ -259,8 +261,6 @@ def test_the_bootstrap_holds_its_level_on_real_scores_and_sees_a_gain() -> None:
 
 def test_the_bootstrap_agrees_with_students_t_on_normal_differences() -> None:
     """Within the error of the resampling."""
-    from scipy import stats
-
     difference = np.random.default_rng(1).normal(0.15, 1, 200)
     test = stats.ttest_1samp(difference, 0, alternative="greater")
     assert bootstrap(difference) == pytest.approx(test.pvalue, abs=0.01)
@@ -274,10 +274,34 @@ def test_a_bootstrap_without_spread_counts_signs() -> None:
 
 
 def test_scores_of_right_and_wrong_are_judged_by_mcnemar_and_others_by_the_bootstrap() -> None:
-    """One function takes both, and the verdict says which test it was."""
+    """One function takes both; of scores that differ as little it says as little as of answers."""
     right = np.array([1.0] * 12 + [0.0] * 30)
     assert paired_p_value(right, np.zeros(42)) == mcnemar(12, 0)
-    assert paired_p_value(right - 0.5, np.full(42, -0.5)) == bootstrap(right)
+    assert paired_p_value(right - 0.5, np.full(42, -0.5)) == pytest.approx(mcnemar(12, 0))
+    many = np.random.default_rng(0).normal(0.15, 1, 200)
+    assert paired_p_value(many, np.zeros(200)) == max(bootstrap(many), sign_flips(many))
+
+
+@pytest.mark.parametrize("differ", [4, 6, 8])
+def test_scores_of_which_few_differ_pass_at_most_at_the_level(differ: int) -> None:
+    """Of 100 samples with three labels each so many differ in one label, one way or the other."""
+    chance = 0.0
+    for better in range(differ + 1):
+        champion, challenger = np.ones((2, 100), dtype=np.float32)
+        champion[:better] -= np.float32(1 / 3)
+        challenger[better:differ] -= np.float32(1 / 3)
+        passes = paired_p_value(challenger, champion) <= SETTINGS.level(0)
+        chance += passes * stats.binom.pmf(better, differ, 0.5)
+    assert chance <= SETTINGS.level(0)
+
+
+@pytest.mark.parametrize("n", [10, 30])
+def test_sign_flips_of_equal_sizes_are_the_exact_sign_test(n: int) -> None:
+    """Ten signs are all tried, thirty are drawn; sums that float32 rounds apart are ties."""
+    sizes = np.tile(np.float32([0.8, 0.6, 0.4]) - np.float32([0.6, 0.4, 0.2]), n // 3 + 1)[:n]
+    sizes[: n // 5] *= -1
+    expected = mcnemar(n - n // 5, n // 5)
+    assert sign_flips(sizes.astype(np.float64)) == pytest.approx(expected, abs=1e-3)
 
 
 def test_numbers_are_judged_by_their_scores_and_old_data_by_what_is_right() -> None:
@@ -295,7 +319,7 @@ def test_numbers_are_judged_by_their_scores_and_old_data_by_what_is_right() -> N
 
     given = verdict(Pair(off_by(1.0), off_by(0.5)), Pair(off_by(0.5), off_by(0.5)))
     assert given.outcome is Outcome.PROMOTE
-    assert "paired bootstrap p = 5e-05" in given.reason
+    assert "paired bootstrap and sign flips p = 5e-05" in given.reason
     assert [c.name for c in given.criteria][1:] == ["no worse on old data", "no class collapses"]
     assert verdict(Pair(off_by(0.5), off_by(1.0))).outcome is Outcome.REFUSE
 
@@ -350,6 +374,21 @@ def test_a_challenger_that_is_too_sure_of_itself_is_refused() -> None:
     assert [c.name for c in given.criteria if not c.passed] == ["as well calibrated"]
     assert "old 0.047 → 0.190 (over +0.05, lower bound +0.0" in given.reason
     assert verdict(pair(100, 20), Pair(sure, honest)).outcome is Outcome.PROMOTE
+
+
+def test_a_label_that_is_there_or_not_has_no_top_answer_to_be_sure_of() -> None:
+    """Of one label, .03 for its absence is sure and right, so calibration is not asked."""
+    truth = (np.arange(300) % 5 < 3).astype(np.float32)[:, None]
+
+    def said(sure: float, *, wrong: int) -> Answers:
+        presence = np.abs(truth - (np.arange(300) < wrong)[:, None])
+        probability = (0.5 + (presence - 0.5) * (2 * sure - 1)).astype(np.float32)
+        return Answers((probability >= 0.5).astype(np.float32), truth, probability, MultiLabel())
+
+    better = Pair(said(0.75, wrong=75), said(0.97, wrong=0))
+    given = judge(better, better, SETTINGS, classes=("defect",))
+    assert given.outcome is Outcome.PROMOTE
+    assert "as well calibrated" not in [c.name for c in given.criteria]
 
 
 def test_calibration_that_differs_by_chance_is_let_through() -> None:

@@ -5,9 +5,10 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
-from flows.history import champion_at, read_moment, tenures
+from flows.history import champion_at, tenures
 from flows.promote import _values
-from flows.registry import ROLLBACK, Move
+from flows.records import ROLLBACK, Move
+from flows.times import read_moment
 from sft.dataset import LabelledPictures
 
 

@@ -247,6 +247,20 @@ def test_a_filled_list_reads_back(tmp_path: Path) -> None:
     assert dict(zip(labels["sample_id"], labels["label"], strict=True)) == expected
 
 
+def test_a_list_that_is_filled_in_is_left_alone(tmp_path: Path) -> None:
+    """A new list takes the place of an untouched one only, whatever a spreadsheet made of it."""
+    asked = [request("b/1.png"), request("b/2.png")]
+    path = write_requests(tmp_path, asked, {})
+    write_requests(tmp_path, asked[:1], {})
+    assert len(rows_of(path)) == 2
+    fill_in(path, ["dog"])
+    for text in (path.read_text("utf-8-sig"), path.read_text("utf-8-sig").replace(",", ";"), ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"label_requests\.csv has been filled in"):
+            write_requests(tmp_path, asked, {})
+        assert path.read_text() == text
+
+
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " =", "\uff1d", "\r", "\n="])
 def test_no_cell_is_a_formula(tmp_path: Path, start: str) -> None:
     """A cell never starts like a formula, and `read_id` gives the sample id back unchanged."""

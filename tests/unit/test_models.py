@@ -1,5 +1,6 @@
 """Networks: every architecture gets a head, weights come and go unchanged, and nothing is run."""
 
+import copy
 import gc
 import hashlib
 import json
@@ -587,3 +588,39 @@ def test_a_file_of_weights_that_unpacks_to_more_is_refused(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"bomb\.pt is not a state dict .* is compressed"):
         read_state_dict(tmp_path / "bomb.pt")
     assert read_state_dict(tmp_path / "plain.pt")["weight"].shape == (4_000_000,)
+
+
+@pytest.mark.usefixtures("a_gigabyte")
+@pytest.mark.parametrize("length", [2**26, 2**33, 2**63])
+def test_a_header_of_weights_that_claims_gigabytes_is_refused(length: int, tmp_path: Path) -> None:
+    """What the first eight bytes of a safetensors file claim is not believed."""
+    (tmp_path / "w.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a": {}}')
+    with pytest.raises(ModelError, match=r"w\.safetensors is not a state dict .*[Hh]eader"):
+        read_state_dict(tmp_path / "w.safetensors")
+
+
+@pytest.mark.usefixtures("a_gigabyte")
+def test_a_tensor_that_claims_gigabytes_is_refused(tmp_path: Path) -> None:
+    """A shape that the file has no bytes for is refused before there is room for it."""
+    said = {"a": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}
+    header = json.dumps(said).encode()
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match=r"w\.safetensors is not a state dict"):
+        read_state_dict(tmp_path / "w.safetensors")
+
+
+def test_parts_of_a_file_of_weights_that_overlap_are_refused(tmp_path: Path) -> None:
+    """A zip bomb without compression: many names for the same bytes."""
+    path = tmp_path / "w.pt"
+    torch.save({"weight": torch.zeros(10_000)}, path)
+    assert read_state_dict(path)
+    with zipfile.ZipFile(path, "a") as packed:
+        packed.writestr("more", b"")
+        (data,) = (one for one in packed.filelist if one.filename.endswith("/data/0"))
+        for number in range(100):
+            again = copy.copy(data)
+            again.filename = f"w/data/{number}"
+            packed.filelist.append(again)
+    assert path.stat().st_size < 60_000
+    with pytest.raises(ModelError, match=r"w\.pt is not a state dict .*its parts overlap"):
+        read_state_dict(path)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, WebPImagePlugin
 from torchvision.transforms import functional as reference
 
 from sft.pictures import BadPicture, Preprocessing, decode, decode_own, encode_png, thumbnail
@@ -103,6 +103,63 @@ def test_a_decompression_bomb_is_refused_by_its_header() -> None:
     with pytest.raises(BadPicture, match=r"decompression bomb: 50x40 > max_pixels=1999"):
         decode(encoded(noise(50, 40)), SMALL, max_pixels=1999)
     decode(encoded(noise(50, 40)), SMALL, max_pixels=2000)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return kind + struct.pack("<I", len(content)) + content
+
+
+def with_size(kind: str, width: int, height: int) -> bytes:
+    """Write another size into the header of a small picture."""
+    lossless = kind == "VP8L"
+    form = "WEBP" if kind.startswith("VP8") else kind
+    whole = bytearray(encoded(noise(8, 8), form, **({"lossless": True} if lossless else {})))
+    if kind == "JPEG":
+        place = whole.index(b"\xff\xc0") + 5
+        whole[place : place + 4] = struct.pack(">HH", height, width)
+    elif kind == "GIF":
+        whole[6:10] = struct.pack("<HH", width, height)
+    elif kind == "BMP":
+        whole[18:26] = struct.pack("<ii", width, height)
+    elif kind == "PPM":
+        return b"P6 %d %d 255\n" % (width, height) + bytes(100)
+    elif kind == "TIFF":
+        first = int.from_bytes(whole[4:8], "little") + 2
+        for place in range(
+            first, first + 12 * int.from_bytes(whole[first - 2 : first], "little"), 12
+        ):
+            if (tag := int.from_bytes(whole[place : place + 2], "little")) in (256, 257):
+                value = width if tag == 256 else height
+                whole[place + 2 : place + 12] = struct.pack("<HII", 4, 1, value)
+    elif kind == "VP8 ":
+        whole[26:30] = struct.pack("<HH", width, height)
+    elif lossless:
+        whole[21:25] = struct.pack("<I", width - 1 | height - 1 << 14)
+    else:  # one small frame on a large canvas
+        canvas = (width - 1 | height - 1 << 24).to_bytes(6, "little")
+        frame = bytes(6) + b"\7\0\0\7\0\0" + bytes(4) + whole[12:]
+        parts = chunk(b"VP8X", b"\2\0\0\0" + canvas) + chunk(b"ANIM", bytes(6))
+        return chunk(b"RIFF", b"WEBP" + parts + chunk(b"ANMF", frame))
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP", "PPM", "TIFF", "VP8 ", "VP8L", "VP8X"])
+def test_a_picture_that_declares_too_much_is_refused_before_there_is_room_for_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few hundred bytes that declare 144 megapixels take no memory, in any format.
+
+    libwebp makes room for the canvas as soon as it is opened, so its reader is never reached.
+    """
+    small = with_size(kind, 8, 8)
+    if kind != "PPM":
+        assert decode(small, SMALL).width == 8
+    bomb = with_size(kind, 12_000, 12_000)
+    assert len(bomb) < 1000
+    if kind.startswith("VP8"):
+        monkeypatch.delattr(WebPImagePlugin._webp, "WebPAnimDecoder")
+    with pytest.raises(BadPicture, match=r"^decompression bomb: 12000x12000 > max_pixels=5000"):
+        decode(bomb, SMALL)
 
 
 def test_a_very_long_picture_stays_small() -> None:

@@ -224,6 +224,20 @@ def test_decide(
     assert decision.reason.endswith(".")
 
 
+@pytest.mark.parametrize(("known", "action"), [(0, "retrain"), (100, "watch"), (5000, "retrain")])
+def test_a_small_reference_is_not_exact(known: int, action: str) -> None:
+    """.82 on 100 labels is no fall from 90 of 100, by chance, and one from 4,500 of 5,000."""
+    own = replace(SHIFTED, settled=0.82, settled_n=100, settled_high=0.89, reference_n=known)
+    pooled = replace(
+        SHIFTED,
+        estimated_high=0.95,
+        pooled=replace(ROSY, n=100, accuracy=0.82, high=0.89, estimated=0.82),
+        reference_n=known,
+    )
+    for evidence in (own, pooled):
+        assert decide(evidence, LABELS, NOTHING, NOW, SETTINGS).action == action
+
+
 def test_no_cooldown_by_default() -> None:
     """Without a cool-down a rollback a second ago does not stop training."""
     history = History(last_rollback=NOW)

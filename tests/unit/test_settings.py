@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from flows.feed import FeedSettings, list_batches
+from flows.labels import read_labels
 from flows.settings import (
     SECTIONS,
     Settings,
     SettingsError,
     load_settings,
     refuse_contradiction,
-    shown_uri,
     write_template,
 )
+from flows.storage import FeedError
+from flows.words import shown_uri
 from sft.models import ModelConfig
 from sft.pictures import Preprocessing
 from sft.tasks import Regression
@@ -104,6 +107,10 @@ def test_the_template_overwrites_nothing(tmp_path: Path) -> None:
         ('[model]\nname = "a"\n[detection]\nalpha = 0.0', "alpha"),
         ('[model]\nname = "a"\n[feed]\nclosed_by = "hope"', r"closed_by = 'hope'.*'rename'"),
         ('[model]\nname = "a/b"', "name must not hold"),
+        ("[model]\nname = 'a\\b'", "name must not hold"),
+        ('[model]\nname = "a"\n[retention]\ndays = inf', "days must lie between 0 and 36,500"),
+        ('[model]\nname = "a"\n[retention]\nreport_days = nan', "report_days must lie between"),
+        ('[model]\nname = "a"\n[schedule]\nwatch = 1e15', "watch must lie between 1 and"),
         ('[model]\nname = "a"\n[training]\nafter = "stew"', "after = 'stew'.*'greedy_soup'"),
         ('[model]\nname = "a"\n[search]\ngrid = {rate = [1.0]}', "rate cannot be searched; these"),
         ('[model]\nname = "a"\n[search]\ngrid = {l2_sp = [-1.0]}', "l2_sp must not be negative"),
@@ -211,9 +218,9 @@ def test_a_champion_keeps_its_task(tmp_path: Path, text: str, message: str) -> N
         ('watch = "*/10 * * *"', r"\[schedule\]: watch = .* is no crontab line: five fields"),
         ('prune = "0 25 * * *"', r"prune = .* is no crontab line"),
         ('timezone = "Europe/Berlinn"', r"is no time zone \(did you mean 'Europe/Berlin'\?\)"),
-        ("watch = 0.5", "watch must be at least 1 second, or 0 for never"),
-        ("watch = -1", "watch must be at least 1 second"),
-        ("watch = nan", "watch must be at least 1 second"),
+        ("watch = 0.5", "watch must lie between 1 and .* or be 0 for never"),
+        ("watch = -1", "watch must lie between 1 and"),
+        ("watch = nan", "watch must lie between 1 and"),
     ],
 )
 def test_schedules_that_cannot_be_kept_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -236,7 +243,6 @@ def test_schedules_are_intervals_or_crontab_lines(tmp_path: Path) -> None:
     ("section", "key", "value"),
     [
         ("servers", "mlflow", '"postgresql://ada:hidden@db/mlflow"'),
-        ("servers", "prefect", '"http://ada:hidden@prefect/api"'),
         ("feed", "url", '"ftp://ada:hidden@files/feed"'),
         ("feed", "storage_options", '{ endpoint_url = "https://ada:hidden@s3" }'),
     ],
@@ -254,8 +260,91 @@ def test_a_password_in_the_file_is_refused(
     assert load_settings(told, environ={variable: value.strip('"')})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        '{ key = "AKIA", secret = "hidden" }',
+        '{ client_kwargs = { aws_secret_access_key = "hidden" } }',
+        '{ client_kwargs = { headers = { Authorization = "hidden" } } }',
+        '{ s3_additional_kwargs = { SSECustomerKey = "hidden" } }',
+        '{ account_key = "hidden" }',
+        '{ sas_token = "hidden" }',
+        '{ credential = "hidden" }',
+        '{ connection_string = "hidden" }',
+        '{ tenant_id = "t", client_secret = "hidden" }',
+        '{ username = "ada", password = "hidden" }',
+        '{ token = "hidden" }',
+        '{ token = [{ private_key = "hidden" }] }',
+        '{ endpoint_url = "https://s3/?X-Amz-Signature=hidden" }',
+    ],
+)
+def test_a_secret_option_in_the_file_is_refused(tmp_path: Path, options: str) -> None:
+    """By its name, nested or not; the message says where it belongs and not what it is."""
+    model = '[model]\nname = "m"\n'
+    path = written(tmp_path, f"{model}[feed]\nstorage_options = {options}\n")
+    with pytest.raises(SettingsError, match="SUSTAIN_FEED_STORAGE_OPTIONS") as refused:
+        load_settings(path, environ={})
+    assert "hidden" not in str(refused.value)
+    told = written(tmp_path, model)
+    assert load_settings(told, environ={"SUSTAIN_FEED_STORAGE_OPTIONS": options})
+
+
+def test_options_that_hold_no_secret_are_taken(tmp_path: Path) -> None:
+    """Names of profiles, files and ways to log in stay in the file; keys in the environment."""
+    options = {
+        "profile": "sustain", "endpoint_url": "http://127.0.0.1:8333", "token": "google_default",
+        "account_name": "ada", "key_filename": "/home/ada/.ssh/id", "SSEKMSKeyId": "alias/one",
+    }  # fmt: skip
+    stated = ", ".join(f'{key} = "{value}"' for key, value in options.items())
+    model = '[model]\nname = "m"\n'
+    path = written(tmp_path, f"{model}[feed]\nstorage_options = {{ {stated} }}\n")
+    assert load_settings(path, environ={}).feed.storage_options == options
+    told = {"SUSTAIN_FEED_STORAGE_OPTIONS": '{ key = "AKIA", secret = "hidden" }'}
+    loaded = load_settings(path, environ=told).feed
+    assert loaded.storage_options == {"key": "AKIA", "secret": "hidden"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("MLFLOW_TRACKING_URI", "mlflow"), ("SUSTAIN_SERVERS_PREFECT", "prefect")]
+)
+def test_a_server_is_given_its_password_apart(tmp_path: Path, name: str, key: str) -> None:
+    """Within its address none is taken, from anywhere; the message names the variables that are."""
+    address = "https://ada:hidden@server/api"
+    model = '[model]\nname = "m"\n'
+    for text, environ in ((f'[servers]\n{key} = "{address}"\n', {}), ("", {name: address})):
+        with pytest.raises(SettingsError, match="MLFLOW_TRACKING_PASSWORD") as refused:
+            load_settings(written(tmp_path, model + text), environ=environ)
+        assert "hidden" not in str(refused.value)
+
+
+def test_options_are_of_any_kind(tmp_path: Path) -> None:
+    """Switches, numbers and tables reach fsspec as they were written."""
+    text = 'anon = true, default_block_size = 1000000, client_kwargs = { region_name = "eu-1" }'
+    model = '[model]\nname = "m"\n'
+    path = written(tmp_path, f"{model}[feed]\nstorage_options = {{ {text} }}\n")
+    assert load_settings(path, environ={}).feed.storage_options == {
+        "anon": True,
+        "default_block_size": 1_000_000,
+        "client_kwargs": {"region_name": "eu-1"},
+    }
+
+
+def test_errors_of_a_feed_show_no_password(tmp_path: Path) -> None:
+    """An address with a password comes from the environment, and is shown without it."""
+    feed = FeedSettings(url="ftp://ada:hidden@127.0.0.1:1/f", labels="nowhere://ada:hidden@h/l")
+    for read in (list_batches, read_labels):
+        with pytest.raises(FeedError, match=r"://\.\.\.@") as failed:
+            read(feed, tmp_path)
+        assert "hidden" not in str(failed.value)
+
+
 def test_shown_addresses_hold_no_password() -> None:
     """Only the credentials go; an @ elsewhere stays."""
+    assert (
+        shown_uri("postgresql://h/db?user=u&password=p&x=1") == "postgresql://h/db?user=u&...&x=1"
+    )
     assert shown_uri("postgresql+psycopg2://u:p%40@h:5/db") == "postgresql+psycopg2://...@h:5/db"
+    assert shown_uri("postgresql://u:a/b?c@d@h:5/db") == "postgresql://...@h:5/db"
+    assert shown_uri("no http://h:5000 nor s3://u:p@k now") == "no http://h:5000 nor s3://...@k now"
     for plain in ("sqlite:////a/b@c:d.db", "http://h:5000/x@y", "models:/m@champion", "s3://b/k"):
         assert shown_uri(plain) == plain

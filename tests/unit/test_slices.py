@@ -46,6 +46,7 @@ def test_a_drift_in_one_slice_is_found_there() -> None:
     assert joined(whole, list(found.values())) < 0.01
 
 
+@pytest.mark.slow
 def test_all_slices_together_ring_no_more_often_than_stated() -> None:
     """Three quiet cameras and the whole batch: at most the stated share of 100 trials."""
     rng = np.random.default_rng(1)

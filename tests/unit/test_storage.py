@@ -1,6 +1,7 @@
 """Folders and buckets: links do not lead out, and what changes while it is read is noticed."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import flows.storage
 from flows.batches import read_batch, read_own_labels
 from flows.feed import BatchNotReady, FeedSettings, list_batches
 from flows.labels import read_labels
-from flows.storage import FeedError, Refused, open_place, open_ranges, walk
+from flows.storage import FeedError, Refused, look_up, open_place, open_ranges, read_file, walk
 from sft.pictures import decode
 
 # --- links and names
@@ -253,3 +254,17 @@ def test_a_batch_that_can_have_no_labels_is_not_listed_again(
     assert batches["plain"].holds("plain/1.png")
     assert not batches["plain"].holds("plain/2.png")
     assert batches["shard"].holds("shard/anything")
+
+
+@pytest.mark.parametrize("listed", [3, 0])
+def test_an_object_that_is_larger_than_its_listing_is_not_read_whole(
+    bucket: tuple[str, Any], root: Path, listed: int
+) -> None:
+    """It was replaced since, or the storage tells no sizes."""
+    url, fs = bucket
+    fs.pipe_file(f"{url}/labels.csv", b"x" * 1000)
+    place = open_place(url, {}, root)
+    entry = replace(look_up(place.child("labels.csv")), size=listed)
+    with pytest.raises(Refused, match="more than max_table_bytes=100"):
+        read_file(place, entry, 100)
+    assert read_file(place, entry, 1000) == b"x" * 1000

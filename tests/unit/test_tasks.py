@@ -216,6 +216,16 @@ def test_a_rare_label_weighs_more() -> None:
     assert weights.tolist() == [9, 1, 1, 10]
 
 
+def test_a_label_weighs_by_how_often_its_samples_are_drawn() -> None:
+    """One of ten samples that is drawn nine times as often needs no weight; others do."""
+    labels = torch.zeros(100, 3)
+    labels[:10, 0], labels[:50, 1], labels[:, 2] = 1, 1, 1
+    drawn = torch.where(labels[:, 0] > 0, 9.0, 1.0)
+    weights = MULTI.weights(labels, 3, drawn)
+    assert weights is not None
+    torch.testing.assert_close(weights, torch.tensor([1.0, 50 / 130, 1.0]))
+
+
 def test_balanced_sampling_draws_rare_labels_as_often() -> None:
     """A label of 1 in 20 samples is in about half of what is drawn."""
     labels = torch.zeros(200, 2)

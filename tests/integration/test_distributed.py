@@ -86,6 +86,11 @@ def farthest(one: Network, other: Network) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
+def distance(one: Network, other: Network) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("changed", "architecture"),
     [
@@ -128,16 +133,19 @@ def test_the_frozen_part_runs_once_for_each_picture_over_all_processes(
 ) -> None:
     """A head learns from activations of which each process computed a half.
 
-    bfloat16 holds three digits, and rounds otherwise in a batch of half the size.
+    bfloat16 holds three digits, and rounds otherwise in a batch of half the size. A gradient near 0
+    may then change its sign, and AdamW moves that one weight by a whole step; so all are compared.
     """
     settings = TrainingSettings(
         strategy=Strategy.HEAD, epochs=2, shift_pixels=1, views=2, distillation=0.5
     )
     compute = replace(TWO, precision=precision, findings=str(tmp_path))
     one, two = both_ways(settings, inverted(400, 431), champion(), compute, cached=True)
-    moved = farthest(one.network, champion())
-    assert moved > 100 * CLOSE
-    assert farthest(one.network, two.network) < (CLOSE if precision == "float32" else moved / 4)
+    assert farthest(one.network, champion()) > 100 * CLOSE
+    if precision == Precision.FLOAT32:
+        assert farthest(one.network, two.network) < CLOSE
+    apart, moved = distance(one.network, two.network), distance(one.network, champion())
+    assert apart < moved / 10
 
 
 def test_all_stop_early_together() -> None:
