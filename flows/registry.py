@@ -72,6 +72,38 @@ SKEW = timedelta(hours=1)
 """How far the clock of whoever writes the feed may be ahead."""
 
 
+class _Client(MlflowClient):
+    """MLflow's client, where two can write the same tag, alias or parameter at the same time.
+
+    MLflow's store reads the row and then inserts it: the later of two first writers gets the
+    database's refusal. Written again, it finds the other's row.
+    """
+
+    def set_tag(self, *args: Any, **kwargs: Any) -> None:
+        _write(super().set_tag, *args, **kwargs)
+
+    def log_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return _write(super().log_batch, *args, **kwargs)
+
+    def set_model_version_tag(self, *args: Any, **kwargs: Any) -> None:
+        _write(super().set_model_version_tag, *args, **kwargs)
+
+    def set_registered_model_tag(self, *args: Any, **kwargs: Any) -> None:
+        _write(super().set_registered_model_tag, *args, **kwargs)
+
+    def set_registered_model_alias(self, *args: Any, **kwargs: Any) -> None:
+        _write(super().set_registered_model_alias, *args, **kwargs)
+
+
+def _write(write: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    try:
+        return write(*args, **kwargs)
+    except MlflowException as error:
+        if not any(sign in str(error) for sign in ("IntegrityError", "UniqueViolation")):
+            raise
+    return write(*args, **kwargs)
+
+
 class Registry:
     """One model's versions, checks and aliases.
 
@@ -96,7 +128,7 @@ class Registry:
                 " [servers] mlflow (or MLFLOW_TRACKING_URI) right?"
             )
         try:
-            self.client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            self.client = _Client(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment_id = self._experiment()
         except (MlflowException, OSError) as error:
             raise RegistryError(

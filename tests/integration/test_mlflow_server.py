@@ -23,6 +23,7 @@ from deployed import ask
 from samples import optical_digits
 from stores import Bucket, Postgres
 from worlds import World, free, make_world
+from writers import write_at_once
 
 from flows.deploy import deploy
 from flows.records import CHAMPION
@@ -142,6 +143,7 @@ def test_the_loop_over_http(kind: str, tmp_path: Path, request: pytest.FixtureRe
     assert not (root / "mlartifacts").exists()
     link = registry.run_url(registry.checks(1)[0].run_id)
     assert link.startswith(f"{stores.mlflow}/#/experiments/")
+    write_at_once(registry, Registry(world.settings), registry.version(2))
 
 
 SERVE = """
