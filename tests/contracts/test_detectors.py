@@ -53,7 +53,7 @@ def regime(features: FeatureTable) -> Regime:
 @pytest.mark.parametrize(
     ("n", "m", "heavy"),
     [
-        (100, 60, False),
+        pytest.param(100, 60, False, marks=pytest.mark.slow),
         (100, 2, True),
         pytest.param(10, 10, False, marks=pytest.mark.nightly),
         pytest.param(1002, 30, False, marks=pytest.mark.nightly),

@@ -163,6 +163,7 @@ def test_labels_that_do_not_suffice(small_world: Callable[[str], World]) -> None
     assert [v.number for v in Registry(world.settings).versions()] == [1]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("unshare") is None or os.geteuid() != 0,
     reason="a small disk is mounted for this test, which takes Linux and root",

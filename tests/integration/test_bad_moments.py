@@ -59,6 +59,7 @@ def test_two_moves_at_once_end_with_one_champion(small_world: Callable[[str], Wo
     assert registry.observe_moves(datetime.now(UTC)) is None
 
 
+@pytest.mark.nightly
 def test_mlflow_goes_away_between_verdict_and_alias(
     small_world: Callable[[str], World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,7 @@ from sft.models import ModelConfig, ModelError, build, read_config, read_state_d
 from sft.pictures import BadPicture, Preprocessing, decode
 from sft.serving import Classifier
 
-pytestmark = pytest.mark.usefixtures("a_gigabyte")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("a_gigabyte")]
 METADATA = {
     "csv": b"file_name,label,camera\n1.png,cat,a\n2.png,dog,\n",
     "jsonl": b'{"file_name": "1.png", "label": "cat"}\n{"file_name": "2.png", "label": 7}\n',
