@@ -35,7 +35,7 @@ import pandas as pd
 import realdata
 import torch
 from PIL import Image
-from results import FOLDER, Figure, put_into_readme, write
+from results import FOLDER, Figure, publish, write
 from torch import nn
 
 from flows.grid import Grid, grid_of, prepared
@@ -380,7 +380,7 @@ def main() -> None:
     path = FOLDER / "backtest.md"
     both = path.read_text() + "\n" + table(found)
     path.write_text(both)
-    put_into_readme("backtest", both)
+    publish("backtest", both)
     if "digits" in found and shutil.which("chromium"):
         screenshot(root / "digits.html", docs / "backtest.png")
     print(table(found))  # noqa: T201 - the report of a benchmark

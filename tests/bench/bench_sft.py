@@ -481,7 +481,7 @@ def write_methods() -> None:
     for (name, labels), methods in sorted(rows.items()):
         lines += [
             "",
-            f"## {name}, {labels} labels a stage",
+            f"### {name}, {labels} labels a stage",
             "",
             "| method | new | old | mean | forgetting | CPU s | steps | seeds |",
             "|---|---|---|---|---|---|---|---|",
@@ -499,7 +499,7 @@ def write_methods() -> None:
             )
     results.FOLDER.mkdir(exist_ok=True)
     (results.FOLDER / "sft-methods.md").write_text("\n".join([*lines, ""]))
-    results.put_into_readme("sft-methods", "\n".join([*lines[2:], ""]))
+    results.publish("sft-methods", "\n".join([*lines[2:], ""]))
 
 
 def main() -> None:

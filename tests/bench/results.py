@@ -1,6 +1,7 @@
 """What a benchmark leaves behind: `results/NAME.json`, a Markdown table, a closing line.
 
-A README that has the markers `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` gets the table too.
+README and the pages of docs/ get the table too, between `<!-- bench:NAME -->` and its closing pair,
+and README a summary of all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,19 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+MEASURED = {
+    "monitoring": ("false alarms, power, delay, estimated accuracy", "docs/figures.md#monitoring"),
+    "gate": ("what the gate promotes and misses", "docs/figures.md#the-gate"),
+    "sft": ("what fine-tuning wins and forgets", "docs/figures.md#fine-tuning"),
+    "sft-speed": ("how fast it is", "docs/figures.md#fine-tuning"),
+    "backtest": ("policies replayed on history", "docs/figures.md#replays"),
+    "month": ("a month of the real flows", "#a-month"),
+    "scale": ("what grows with what", "#what-grows-with-what"),
+    "failures": ("faults injected, survived, and what was lost", "docs/figures.md#faults"),
+    "cli": ("the demo", "#what-the-demo-shows"),
+}
+"""Of each benchmark, what it measures and where its table stands, as seen from README."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,8 @@ def write(name: str, figures: Sequence[Figure], *, merge: bool = False) -> None:
         )
     table = "\n".join([*lines, ""])
     (FOLDER / f"{name}.md").write_text(table)
-    put_into_readme(name, table)
+    publish(name, table)
+    publish("summary", summary())
     count = sum(row["met"] for row in rows)
     print(table)  # noqa: T201 - the report of a benchmark
     print(f"{count} met, {len(rows) - count} missed")  # noqa: T201
@@ -66,10 +81,22 @@ def _plain(figure: Figure) -> dict[str, Any]:
     }
 
 
-def put_into_readme(name: str, table: str) -> None:
-    """Replace what stands between the README's markers of that name, if it has any."""
-    readme = Path(__file__).parents[2] / "README.md"
+def summary() -> str:
+    """Tell of each benchmark how many of its targets were met."""
+    lines = ["| measured | targets met | missed |", "|---|---|---|"]
+    for name, (words, where) in MEASURED.items():
+        rows = json.loads((FOLDER / f"{name}.json").read_text())
+        met = sum(row["met"] for row in rows)
+        lines.append(f"| [{words}]({where}) | {met} | {len(rows) - met} |")
+    return "\n".join([*lines, ""])
+
+
+def publish(name: str, table: str) -> None:
+    """Replace what stands between the markers of that name, in README and the pages of docs/."""
     begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
-    text = readme.read_text()
-    readme.write_text(re.sub(pattern, lambda _: f"{begin}\n{table}{end}", text, flags=re.DOTALL))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text()
+        new = re.sub(pattern, lambda _: f"{begin}\n{table}{end}", text, flags=re.DOTALL)
+        if new != text:
+            page.write_text(new)

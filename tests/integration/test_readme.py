@@ -120,7 +120,13 @@ def test_every_verb_is_explained() -> None:
         assert CliRunner().invoke(main, [verb, "--help"]).exit_code == 0
 
 
-def test_pictures_and_files_that_readme_names_are_there() -> None:
-    """No link of README's is broken, and no path in its layout is made up."""
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "docs/figures.md", "docs/decisions.md"])
+def test_no_link_is_broken(page: str) -> None:
+    """What README and its pages name is there: pictures, files, and the headings in them."""
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / page).read_text()):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            assert anchor in {one.lower().replace(" ", "-") for one in headings}, target
