@@ -22,7 +22,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from flows.records import CheckRecord
-from flows.registry import SKEW, Registry
+from flows.registry import Registry
+from flows.tracking import SKEW
 from flows.watch import Plan, make_plan
 
 FRESH_SECONDS = 30.0

@@ -16,7 +16,7 @@ import pytest
 import torch
 from writers import write_at_once
 
-import flows.registry
+import flows.tracking
 from flows.check import Past, settle_check
 from flows.fresh import Labels, fresh_set
 from flows.manifest import MANIFEST, PARTS, write_manifest
@@ -264,7 +264,7 @@ def test_an_interrupted_check_is_taken_up_with_the_stamp_of_now(registry: Regist
 
 def test_the_newest_checks_are_enough(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of twelve checks a window is read, and the stream stands where all twelve leave it."""
-    monkeypatch.setattr(flows.registry, "WINDOW", 4)
+    monkeypatch.setattr(flows.tracking, "WINDOW", 4)
     past = Past(registry.settings, [])
     for place in range(12):
         run_id = registry.begin_check(CheckKey(1, f"b{place}", "digest"), "")
@@ -290,7 +290,7 @@ def test_the_newest_checks_are_enough(registry: Registry, monkeypatch: pytest.Mo
     assert found(b5=long_ago) == 8  # the page that has it, and no more
     assert found(new=long_ago) == found(new=None) == 12  # it may have been checked before all
     assert found(new=now + timedelta(hours=2)) == 12  # whose clock is wrong says nothing
-    monkeypatch.setattr(flows.registry, "SKEW", timedelta(seconds=-10))
+    monkeypatch.setattr(flows.tracking, "SKEW", timedelta(seconds=-10))
     assert found(new=now) == 4
 
 
@@ -308,7 +308,7 @@ def test_the_last_labels_count_although_the_clock_was_put_back(
     registry: Registry, make: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wrong labels, "an hour earlier" right ones, before those none, and then right ones again."""
-    monkeypatch.setattr(flows.registry, "datetime", Behind)
+    monkeypatch.setattr(flows.tracking, "datetime", Behind)
     version = make()
     seen = registry.reference(version).regimes[0].features
     run_id = registry.begin_check(CheckKey(version.number, "b", "digest"), "")
