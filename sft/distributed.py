@@ -38,6 +38,9 @@ class Part(NamedTuple):
     n: int
 
 
+LARGE = 2**12
+"""Numbers of a gradient that travels by itself, in place; smaller ones are sent together."""
+
 _PART: ContextVar[Part | None] = ContextVar("what this process answers", default=None)
 
 
@@ -105,11 +108,21 @@ class Team:
         if self.size == 1:
             return
         gradients = [one.grad for one in network.parameters() if one.grad is not None]
-        flat = torch.cat([one.reshape(-1) for one in gradients])
-        dist.all_reduce(flat, group=self.group)
-        flat /= self.size
-        for one, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            one.copy_(mean.view_as(one))
+        large = [one for one in gradients if one.numel() >= LARGE and _dense(one)]
+        small = [one for one in gradients if not any(one is other for other in large)]
+        sent = [
+            dist.all_reduce(one.as_strided((one.numel(),), (1,)), group=self.group, async_op=True)
+            for one in large
+        ]
+        if small:
+            flat = torch.cat([one.reshape(-1) for one in small])
+            dist.all_reduce(flat, group=self.group)
+            for one, total in zip(small, flat.split([g.numel() for g in small]), strict=True):
+                one.copy_(total.view_as(one))
+        for work in sent:
+            work.wait()
+        for one in gradients:
+            one.div_(self.size)
 
     def agree(self, values: Sequence[float]) -> list[float]:
         """Take the values of the one that leads, so that all decide alike."""
@@ -130,6 +143,11 @@ def whole_batch(inputs: Tensor) -> Part | None:
     """
     part = _PART.get()
     return part if part and inputs.ndim and len(inputs) == len(part.rows) else None
+
+
+def _dense(gradient: Tensor) -> bool:
+    """Whether its numbers lie behind one another, in the same order in all processes."""
+    return gradient.is_contiguous() or gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 @contextmanager
