@@ -520,38 +520,43 @@ def processes(world: World) -> Iterable[Figure]:
     from sft.train import TrainingSettings
 
     del world
-    digits = demo._mnist()[:512]
-    pixels = torch.from_numpy(digits.pictures)[:, None].repeat_interleave(2, 2)
-    pixels = pixels.repeat_interleave(2, 3).repeat(1, 3, 1, 1)
-    known = tuple("0123456789")
-    ids = tuple(f"digit-{number}" for number in range(len(digits)))
-    fresh = LabelledPictures(ids, pixels, torch.tensor([int(label) for label in digits.labels]))
-    config = ModelConfig("resnet18", known, Preprocessing(56), (0.3,) * 3, (0.3,) * 3)
-    start = build(config)
-    settings = TrainingSettings(epochs=2, batch_size=64, strategy=Strategy.FULL, l2_sp=0.0)
     two = ComputeSettings(device=Device.CPU, processes=2)
-
-    def clock(tune: Callable[..., object], compute: ComputeSettings) -> float:
-        began = time.perf_counter()
-        tune(start, fresh, settings, compute=compute)
-        return time.perf_counter() - began
-
     one_alone = ComputeSettings(device=Device.CPU)
-    with several._crew(two, start) as crew:
-        several._JOINED.append(crew)
-        clock(several.tune, two)
-        took = [(clock(after.tune, one_alone), clock(several.tune, two)) for _ in range(3)]
-        several._JOINED.clear()
     threaded = ComputeSettings(device=Device.CPU, threads=2)
-    threads = statistics.median(clock(after.tune, threaded) for _ in range(3))
-    alone, both = (statistics.median(column) for column in zip(*took, strict=True))
-    yield Figure(
-        "fine-tuning all of a ResNet-18 by two processes, times as fast as by one",
-        alone / both,
-        "≥ 1.6",
-        alone / both >= 1.6,
-        {"by one with two threads": alone / threads, "s by one": alone},
-    )
+    for size, n, epochs, batch_size in ((56, 512, 2, 64), (224, 128, 1, 32)):
+        digits, times = demo._mnist()[:n], size // 28
+        pixels = torch.from_numpy(digits.pictures)[:, None].repeat_interleave(times, 2)
+        pixels = pixels.repeat_interleave(times, 3).repeat(1, 3, 1, 1)
+        known = tuple("0123456789")
+        ids = tuple(f"digit-{number}" for number in range(len(digits)))
+        labels = torch.tensor([int(label) for label in digits.labels])
+        fresh = LabelledPictures(ids, pixels, labels)
+        config = ModelConfig("resnet18", known, Preprocessing(size), (0.3,) * 3, (0.3,) * 3)
+        start = build(config)
+        settings = TrainingSettings(
+            epochs=epochs, batch_size=batch_size, strategy=Strategy.FULL, l2_sp=0.0
+        )
+
+        def clock(tune: Callable[..., object], compute: ComputeSettings) -> float:
+            began = time.perf_counter()
+            tune(start, fresh, settings, compute=compute)  # noqa: B023 - called before the next
+            return time.perf_counter() - began
+
+        with several._crew(two, start) as crew:
+            several._JOINED.append(crew)
+            clock(several.tune, two)
+            took = [(clock(after.tune, one_alone), clock(several.tune, two)) for _ in range(3)]
+            several._JOINED.clear()
+        threads = statistics.median(clock(after.tune, threaded) for _ in range(3))
+        alone, both = (statistics.median(column) for column in zip(*took, strict=True))
+        yield Figure(
+            "fine-tuning all of a ResNet-18 by two processes, times as fast as by one"
+            + ("" if size == 56 else f", pictures of {size} pixels"),
+            alone / both,
+            "≥ 1.6",
+            alone / both >= 1.6,
+            {"by one with two threads": alone / threads, "s by one": alone},
+        )
 
 
 PARTS: dict[str, Callable[[World], Iterable[Figure]]] = {
