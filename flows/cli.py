@@ -234,11 +234,16 @@ def adapt(settings_file: Path, why: str) -> None:
 @click.option("--why", help="Promote whatever the gate says, for this reason.")
 @told_plainly
 def promote(settings_file: Path, version: int | None, why: str | None) -> None:
-    """Judge a version against the champion of now, and promote it if it is better."""
+    """Judge a version against the champion of now, and promote it if it is better.
+
+    Ends with the exit code 1 if the version does not become champion.
+    """
     settings = _begin(settings_file)
     from flows.promote import promote as flow
 
     done = flow(str(settings.path), version=version, why=why, who=getuser())
+    if not done.promoted:  # a script must not go on to serve it
+        _fail(done.words)
     console.print(done.words, markup=False)
 
 

@@ -136,7 +136,8 @@ def promote_on(
     reason = _since_its_parent(candidate, champion) + candidate.tags.get("verdict_reason", "")
     if why is None and candidate.rolled_back:
         reason = (
-            f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote it"
+            f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote"
+            f" it: {_by_hand(candidate)}"
         )
         return Promoted(number, champion.number, False, "rolled back", reason)
     if why is None and outcome != Outcome.PROMOTE.value:
@@ -169,6 +170,20 @@ def _since_its_parent(candidate: Version, champion: Version) -> str:
         f"version {candidate.number} was tuned from version {candidate.parent}, which is champion"
         f" no more, and was judged against version {champion.number}: "
     )
+
+
+def way_on(candidate: Version, outcome: Outcome) -> str:
+    """Say what a person can do about a verdict; empty where the gate lets the version pass."""
+    if outcome is Outcome.PROMOTE:
+        return ""
+    if outcome is Outcome.INCONCLUSIVE and candidate.adapted:
+        return f"it is judged again when they are here; before, {_by_hand(candidate)}"
+    other = "" if outcome is Outcome.INCONCLUSIVE else " or change [training]"
+    return f"to go on, label more{other} and run `sustain retrain`, or {_by_hand(candidate)}"
+
+
+def _by_hand(candidate: Version) -> str:
+    return f"`sustain promote --version {candidate.number} --why REASON` promotes it all the same"
 
 
 def _wait(registry: Registry, candidate: Version, champion: Version, reason: str) -> Promoted:
@@ -410,8 +425,11 @@ def _record(registry: Registry, candidate: Version, champion: Version, judged: J
         json.dumps(asdict(verdict), indent=2),
         f"verdict-against-{champion.number}.json",
     )
-    if registry.live:
-        told = story(registry, candidate, verdict, champion, judged.gain)
+    reason = verdict.reason[:MAX_TAG]
+    if registry.live:  # in a replay nobody goes on
+        then = way_on(candidate, verdict.outcome)
+        reason = "; ".join(filter(None, (reason, then)))
+        told = story(registry, candidate, verdict, champion, judged.gain, then)
         registry.describe(candidate, told)
     before = [one for one in candidate.tags.get("judged_against", "").split(",") if one]
     registry.tag(
@@ -423,7 +441,7 @@ def _record(registry: Registry, candidate: Version, champion: Version, judged: J
             else {}
         ),
         gain=f"{judged.gain:.4f}",
-        verdict_reason=verdict.reason,
+        verdict_reason=reason,
         verdict_against=str(champion.number),
         verdict=verdict.outcome.value,
     )
