@@ -119,7 +119,13 @@ def init(name: str, settings_file: Path, recipe: Path | None) -> None:
 @told_plainly
 def bootstrap(settings_file: Path, data: str, labels: str | None, adopt: str | None) -> None:
     """Make the first champion: train it on labelled data, or adopt your own."""
+    from flows.preflight import refuse_bootstrap
+
+    refuse_bootstrap(settings_file, data, labels, adopt)
     settings = _begin(settings_file)
+    from sft.models import require_known
+
+    require_known(settings.model.architecture)
     from flows.bootstrap import bootstrap as flow
     from flows.words import shown_uri
 
@@ -239,6 +245,7 @@ def promote(settings_file: Path, version: int | None, why: str | None) -> None:
     Ends with the exit code 1 if the version does not become champion.
     """
     settings = _begin(settings_file)
+    _require_version(settings, version, or_challenger=True)
     from flows.promote import promote as flow
 
     done = flow(str(settings.path), version=version, why=why, who=getuser())
@@ -255,6 +262,7 @@ def promote(settings_file: Path, version: int | None, why: str | None) -> None:
 def rollback(settings_file: Path, to: int | None, why: str) -> None:
     """Give the alias champion back to an earlier version, after a load test."""
     settings = _begin(settings_file)
+    _require_version(settings, to)
     from flows.rollback import rollback as flow
 
     done = flow(str(settings.path), to=to, why=why, who=getuser())
@@ -511,6 +519,10 @@ def up(
 
     @told_plainly
     def run() -> None:
+        from flows.preflight import read_toml
+
+        for path in settings_files:
+            read_toml(path)
         from flows.settings import load_settings
         from flows.up import Place
         from flows.up import up as serve
@@ -530,6 +542,9 @@ def ui(settings_file: Path, mlflow_port: int, prefect_port: int) -> None:
 
     @told_plainly
     def run() -> None:
+        from flows.preflight import read_toml
+
+        read_toml(settings_file)
         from flows.settings import load_settings
         from flows.up import Place, show
 
@@ -676,6 +691,9 @@ def _idle(plan: Plan) -> str:
 
 def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     """Read the settings and prepare the environment, before Prefect or torch is imported."""
+    from flows.preflight import read_toml
+
+    read_toml(settings_file)  # without torch, where there are none
     from flows.settings import export_to_environment, load_settings, under_torchrun
 
     settings = load_settings(settings_file)
@@ -685,6 +703,19 @@ def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     if needs_prefect:
         _check_prefect(settings)
     return settings
+
+
+def _require_version(
+    settings: Settings, number: int | None, *, or_challenger: bool = False
+) -> None:
+    """Refuse a version that there is not, before Prefect is started for it."""
+    from flows.registry import Registry
+
+    registry = Registry(settings)
+    if number is not None:
+        registry.version(number)
+    elif or_challenger:
+        registry.challenger()
 
 
 def _share(settings: Settings) -> None:
@@ -700,9 +731,9 @@ def _share(settings: Settings) -> None:
 
 def _begin_all(files: tuple[Path, ...], *, needs_prefect: bool = True) -> list[Settings]:
     """Read the settings of several models; the first ones' servers are everybody's."""
+    first = _begin(files[0], needs_prefect=needs_prefect)
     from flows.settings import load_settings
 
-    first = _begin(files[0], needs_prefect=needs_prefect)
     return [first, *(load_settings(path) for path in files[1:])]
 
 

@@ -18,7 +18,7 @@ from flows.fresh import held_out_labels
 from flows.history import show_in_prefect
 from flows.kept import as_json
 from flows.logs import log
-from flows.records import CHALLENGER, CHAMPION, ChampionMovedError, RegistryError, Version
+from flows.records import CHALLENGER, CHAMPION, ChampionMovedError, Version
 from flows.registry import Registry
 from flows.scores import per_class, worst_classes
 from flows.settings import Settings, load_settings
@@ -113,13 +113,8 @@ def promote_on(
     if registry.observe_moves(now) is not None:
         show_in_prefect(registry)
     champion = registry.champion()
-    number = version if version is not None else registry.alias(CHALLENGER)
-    if number is None:
-        raise RegistryError(
-            f"model {registry.name!r} has no version with the alias {CHALLENGER!r}: name one with"
-            " --version"
-        )
-    candidate = registry.version(number)
+    candidate = registry.challenger() if version is None else registry.version(version)
+    number = candidate.number
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")

@@ -62,6 +62,17 @@ def test_wrong_toml(tmp_path: Path) -> None:
     assert "[feed] has no key 'urll' (did you mean 'url'?); allowed: url, labels" in said(result)
 
 
+def test_an_architecture_that_there_is_not(tmp_path: Path) -> None:
+    """It is told with its neighbours before there is a record."""
+    path = bare(tmp_path, 'architecture = "resnet19"\n')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "1.png").write_bytes(b"x")
+    result = sustain("bootstrap", "-s", str(path), "--data", str(tmp_path / "data"))
+    assert result.exit_code == 1
+    assert "unknown architecture 'resnet19'" in said(result)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 def test_no_champion(tmp_path: Path) -> None:
     """Without a champion every verb says how to get one."""
     result = sustain("watch", "-s", str(bare(tmp_path)))

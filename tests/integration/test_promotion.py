@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from click.testing import CliRunner
+from prefect import get_client
 from prefect.artifacts import Artifact
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from worlds import World
 
 from flows import demo
@@ -65,6 +67,13 @@ def sustain(world: World, *arguments: str, fails: bool = False) -> str:
     return " ".join(result.output.split())
 
 
+def runs_of(flow: str) -> int:
+    """Count the runs of a flow that the session's Prefect server knows."""
+    with get_client(sync_client=True) as client:
+        named = FlowFilter(name=FlowFilterName(any_=[flow]))
+        return len(client.read_flow_runs(flow_filter=named, limit=200))
+
+
 def test_a_challenger_waits_for_a_person(small_world: Callable[[str], World]) -> None:
     """It passes, and nothing moves until somebody approves; what it waits for is said.
 
@@ -77,6 +86,11 @@ def test_a_challenger_waits_for_a_person(small_world: Callable[[str], World]) ->
     made = retrain(str(world.path))
     assert (made.outcome, made.promoted) == ("waiting", False)
     assert "run `sustain promote --version 2`" in made.reason
+    began = runs_of("promote") + runs_of("rollback")
+    for command, number in (("promote", "--version"), ("rollback", "--to")):
+        told = sustain(world, command, number, "9", fails=True)
+        assert told == "error: model 'manual' has no version 9; there are [1, 2]"
+    assert runs_of("promote") + runs_of("rollback") == began  # told before Prefect is started
     registry = Registry(world.settings)
     assert registry.version(2).verdict == "promote"
     assert (registry.alias(CHAMPION), registry.alias(CHALLENGER)) == (1, 2)

@@ -279,3 +279,16 @@ def test_bootstrap_says_what_is_missing(tmp_path: Path, prefect_server: str) -> 
     Image.new("L", (16, 16)).save(flat / "1.png")
     with pytest.raises(BootstrapError, match=r"no picture in .* has a label"):
         bootstrap(str(path), data=str(flat))
+
+
+def test_bootstrap_says_what_a_folder_without_pictures_should_hold(
+    tmp_path: Path, prefect_server: str
+) -> None:
+    """It names the folder, what it found in it, and the forms that it takes."""
+    assert prefect_server
+    path, words = tmp_path / "sustain.toml", tmp_path / "words"
+    path.write_text('[model]\nname = "m"\narchitecture = "mlp"\n')
+    words.mkdir()
+    (words / "read.me").write_text("elsewhere")
+    with pytest.raises(BootstrapError, match=rf"^{words}: .* no pictures; .*read.me; --data takes"):
+        bootstrap(str(path), data=str(words))
