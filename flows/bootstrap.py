@@ -34,6 +34,7 @@ from flows.retrain import log_training
 from flows.settings import Settings, load_settings
 from flows.story import first_story
 from flows.words import first_few, shown_uri
+from monitoring.policy import reference_needed, smallest_fall
 from sft.after import tune
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
@@ -58,7 +59,8 @@ FIRST_REGIME = "first"
 class Bootstrapped:
     """The first champion: its version, its accuracy on held-out samples, and their number.
 
-    `made_now` is false where the same data and settings had made it before.
+    `made_now` is false where the same data and settings had made it before; `warning` says what few
+    held-out samples cost, and is empty where they suffice.
     """
 
     version: int
@@ -66,6 +68,7 @@ class Bootstrapped:
     holdout: int
     notes: tuple[str, ...]
     made_now: bool
+    warning: str = ""
 
 
 @flow(name="bootstrap")
@@ -116,7 +119,22 @@ def bootstrap(
         )
         show_in_prefect(registry)
     reference = registry.reference(existing)
-    return Bootstrapped(existing.number, reference.accuracy, reference.n, tuple(notes), made_now)
+    accuracy, n = reference.accuracy, reference.n
+    warning = too_few(accuracy, n, settings.policy.min_drop)
+    return Bootstrapped(existing.number, accuracy, n, tuple(notes), made_now, warning)
+
+
+def too_few(accuracy: float, holdout: int, min_drop: float) -> str:
+    """Say which falls of accuracy so few held-out samples can never show; empty if none matters."""
+    least = smallest_fall(accuracy, holdout)
+    if least <= min_drop or least == 1:
+        return ""
+    needed = reference_needed(accuracy, min_drop)
+    return (
+        f"{holdout} held-out samples are few: labels, however many come, cannot show a fall of"
+        f" accuracy under {least * 100:.1f} points, and min_drop under [policy] is"
+        f" {min_drop * 100:g}; with some {needed} held out they can"
+    )
 
 
 def _labelled_pictures(

@@ -135,6 +135,8 @@ def bootstrap(settings_file: Path, data: str, labels: str | None, adopt: str | N
         f"version {made.version} is champion: accuracy {made.accuracy:.3f} on {made.holdout}"
         f" held-out samples{before}"
     )
+    if made.warning:
+        console.print(f"warning: {made.warning}", markup=False, style="yellow")
     console.print(
         f"next: let batches arrive in {shown_uri(settings.feed.url)}, labels in"
         f" {shown_uri(settings.feed.labels)}, and run `sustain watch`, or `sustain up`",

@@ -21,6 +21,7 @@ from flows.retrain import retrain
 from flows.settings import load_settings
 from flows.storage import FeedError
 from flows.watch import make_plan, watch
+from monitoring.policy import reference_needed, smallest_fall
 from sft.models import ModelError
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ def test_adopting_a_model_of_ones_own(tmp_path: Path, prefect_server: str) -> No
         bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
     path.write_text(text + f"classes = {list(classes)}\n" + normal)
     made = bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
+    least = f"{smallest_fall(made.accuracy, made.holdout) * 100:.1f} points"
+    assert f"cannot show a fall of accuracy under {least}, and min_drop" in made.warning
+    assert f"with some {reference_needed(made.accuracy, 0.05)} held out" in made.warning
     registry = Registry(load_settings(path))
     ours = registry.network(registry.champion())
     pixels = torch.from_numpy(_mnist().pictures[:4]).unsqueeze(1)
