@@ -179,6 +179,8 @@ def test_every_move_is_in_the_history_and_each_version_tells_its_story(
     assert retrain(str(world.path), cause="drift in batch x", check="0" * 32).promoted
     promoted = datetime.now(UTC)
     rollback(str(world.path), why="worse | much", who="ada")
+    told = sustain(world, "promote", "--version", "2", fails=True)
+    assert "only a person may promote it: `sustain promote --version 2 --why REASON`" in told
     registry = Registry(world.settings)
     registry.client.set_registered_model_alias(registry.name, CHAMPION, "2")
     assert "is on version 2 now" in unrecorded(registry, read_history(registry))
