@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isnan
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from prefect import flow
@@ -37,6 +38,8 @@ from monitoring.replay import Replayed
 
 LISTED = 40
 """Policies in the table of the terminal; the page has all."""
+EVERY_SECONDS = 5.0
+"""How often more policies than that are told of, at most."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,29 @@ class Asked:
     trials: int = 30
     oracle_times: int = ORACLE_TIMES
     yes: bool = False
+
+
+class Progress:
+    """A line for each policy that is done, of many one every few seconds: a log shows them, too."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._done = console, total, 0
+        self._began = self._last = monotonic()
+
+    def tell(self, one: Replayed) -> None:
+        """Count a policy."""
+        self._done, now = self._done + 1, monotonic()
+        many = self._total > LISTED and self._done < self._total
+        if many and now - self._last < EVERY_SECONDS:
+            return
+        self._last = now
+        self._console.print(
+            f"replayed {self._done} of {self._total} policies after {now - self._began:.0f} s:"
+            f" {one.name}: accuracy {one.accuracy:.3f}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @flow(name="backtest")
@@ -109,14 +135,16 @@ def tell(settings: Settings, asked: Asked, console: Console) -> Backtest | None:
         console.print(foresee(registry, read_past(settings, since), points), markup=False)
         console.print("with --yes it is done", markup=False)
         return None
+    candidates = list(expand(settings, grids))
     found = run(
         settings,
-        list(expand(settings, grids)),
+        candidates,
         since=since,
         cost=asked.cost,
         floor=asked.floor,
         jobs=asked.jobs,
         times=asked.oracle_times,
+        on_replay=Progress(console, len(candidates)).tell,
     )
     chosen = found.choose(asked.choose) if asked.choose or found.frontier else None
     console.print(table(found, chosen))

@@ -16,18 +16,25 @@ from scipy.stats import binomtest
 
 from flows.batches import read_batch
 from flows.digest import digest
-from flows.feed import describe_batch
+from flows.feed import BatchEmpty, describe_batch
 from flows.history import show_in_prefect
 from flows.intake import About
 from flows.labels import read_label_file
 from flows.package import Lineage, Package, build_reference
+from flows.preflight import (
+    BootstrapError,
+    expected,
+    require_architecture,
+    require_weights,
+)
 from flows.progress import TrainingBar
 from flows.records import CHAMPION, Version
 from flows.registry import Registry
 from flows.retrain import log_training
 from flows.settings import Settings, load_settings
 from flows.story import first_story
-from flows.words import first_few
+from flows.words import first_few, shown_uri
+from monitoring.policy import reference_needed, smallest_fall
 from sft.after import tune
 from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures, Role, role_of
@@ -48,15 +55,12 @@ from sft.tasks import SINGLE_LABEL, TASKS, LabelError, Regression, Task
 FIRST_REGIME = "first"
 
 
-class BootstrapError(ValueError):
-    """A first champion cannot be made; the message names the thing and the way out."""
-
-
 @dataclass(frozen=True)
 class Bootstrapped:
     """The first champion: its version, its accuracy on held-out samples, and their number.
 
-    `made_now` is false where the same data and settings had made it before.
+    `made_now` is false where the same data and settings had made it before; `warning` says what few
+    held-out samples cost, and is empty where they suffice.
     """
 
     version: int
@@ -64,6 +68,7 @@ class Bootstrapped:
     holdout: int
     notes: tuple[str, ...]
     made_now: bool
+    warning: str = ""
 
 
 @flow(name="bootstrap")
@@ -114,7 +119,22 @@ def bootstrap(
         )
         show_in_prefect(registry)
     reference = registry.reference(existing)
-    return Bootstrapped(existing.number, reference.accuracy, reference.n, tuple(notes), made_now)
+    accuracy, n = reference.accuracy, reference.n
+    warning = too_few(accuracy, n, settings.policy.min_drop)
+    return Bootstrapped(existing.number, accuracy, n, tuple(notes), made_now, warning)
+
+
+def too_few(accuracy: float, holdout: int, min_drop: float) -> str:
+    """Say which falls of accuracy so few held-out samples can never show; empty if none matters."""
+    least = smallest_fall(accuracy, holdout)
+    if least <= min_drop or least == 1:
+        return ""
+    needed = reference_needed(accuracy, min_drop)
+    return (
+        f"{holdout} held-out samples are few: labels, however many come, cannot show a fall of"
+        f" accuracy under {least * 100:.1f} points, and min_drop under [policy] is"
+        f" {min_drop * 100:g}; with some {needed} held out they can"
+    )
 
 
 def _labelled_pictures(
@@ -123,13 +143,17 @@ def _labelled_pictures(
     """Read the data and settle which classes there are."""
     preprocessing = _preprocessing(settings)
     batch = describe_batch(data, settings.feed, Path.cwd())
-    read = read_batch(
-        batch,
-        settings.feed,
-        Path.cwd(),
-        preprocessing,
-        in_memory_bytes=settings.memory.in_memory_bytes,
-    )
+    try:
+        read = read_batch(
+            batch,
+            settings.feed,
+            Path.cwd(),
+            preprocessing,
+            in_memory_bytes=settings.memory.in_memory_bytes,
+        )
+    except BatchEmpty as error:
+        where, forms = shown_uri(batch.url), expected(settings.feed.label_column)
+        raise BootstrapError(f"{where}: {error}; {forms}") from error
     notes = [f"{q.sample_id}: {q.reason}" for q in read.quarantined] + list(read.notes)
     given = dict(zip(read.samples["sample_id"], read.samples["label"], strict=True))
     names: list[str] = []
@@ -266,13 +290,7 @@ def _make(
 def _require_adoptable(settings: Settings, adopt: str) -> None:
     """Refuse to guess what a finished model was trained with."""
     model = settings.model
-    if not Path(adopt).is_file():
-        raise BootstrapError(f"there are no weights to adopt at {adopt}")
-    if not model.classes:
-        raise BootstrapError(
-            "to adopt a model, name its classes under [model], in the order of its head's outputs:"
-            ' classes = ["cat", "dog"]'
-        )
+    require_weights(adopt, named=bool(model.classes))
     if (model.architecture in BUILT_IN or is_factory(model.architecture)) and not model.mean:
         raise BootstrapError(
             f"to adopt a model on {model.architecture}, state the mean and std under [model] that"
@@ -297,11 +315,7 @@ def _require_better_than_chance(
 
 def _preprocessing(settings: Settings) -> Preprocessing:
     model = settings.model
-    if not model.architecture:
-        raise BootstrapError(
-            "[model] architecture is missing: name a torchvision one (such as resnet18), timm/NAME,"
-            " small_cnn, mlp, or your own package.module:function"
-        )
+    require_architecture(model.architecture)
     size = model.image_size or (
         28 if model.architecture in BUILT_IN else published_input(model.architecture).image_size
     )

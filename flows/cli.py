@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import wraps
 from getpass import getuser
@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, ParamSpec
 
 import click
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from flows.check import Checked
-    from flows.records import Version
+    from flows.records import CheckRecord, Version
     from flows.registry import Registry
     from flows.settings import Settings
     from flows.watch import Plan, Watched
@@ -119,7 +117,13 @@ def init(name: str, settings_file: Path, recipe: Path | None) -> None:
 @told_plainly
 def bootstrap(settings_file: Path, data: str, labels: str | None, adopt: str | None) -> None:
     """Make the first champion: train it on labelled data, or adopt your own."""
+    from flows.preflight import refuse_bootstrap
+
+    refuse_bootstrap(settings_file, data, labels, adopt)
     settings = _begin(settings_file)
+    from sft.models import require_known
+
+    require_known(settings.model.architecture)
     from flows.bootstrap import bootstrap as flow
     from flows.words import shown_uri
 
@@ -131,6 +135,8 @@ def bootstrap(settings_file: Path, data: str, labels: str | None, adopt: str | N
         f"version {made.version} is champion: accuracy {made.accuracy:.3f} on {made.holdout}"
         f" held-out samples{before}"
     )
+    if made.warning:
+        console.print(f"warning: {made.warning}", markup=False, style="yellow")
     console.print(
         f"next: let batches arrive in {shown_uri(settings.feed.url)}, labels in"
         f" {shown_uri(settings.feed.labels)}, and run `sustain watch`, or `sustain up`",
@@ -234,11 +240,17 @@ def adapt(settings_file: Path, why: str) -> None:
 @click.option("--why", help="Promote whatever the gate says, for this reason.")
 @told_plainly
 def promote(settings_file: Path, version: int | None, why: str | None) -> None:
-    """Judge a version against the champion of now, and promote it if it is better."""
+    """Judge a version against the champion of now, and promote it if it is better.
+
+    Ends with the exit code 1 if the version does not become champion.
+    """
     settings = _begin(settings_file)
+    _require_version(settings, version, or_challenger=True)
     from flows.promote import promote as flow
 
     done = flow(str(settings.path), version=version, why=why, who=getuser())
+    if not done.promoted:  # a script must not go on to serve it
+        _fail(done.words)
     console.print(done.words, markup=False)
 
 
@@ -250,6 +262,7 @@ def promote(settings_file: Path, version: int | None, why: str | None) -> None:
 def rollback(settings_file: Path, to: int | None, why: str) -> None:
     """Give the alias champion back to an earlier version, after a load test."""
     settings = _begin(settings_file)
+    _require_version(settings, to)
     from flows.rollback import rollback as flow
 
     done = flow(str(settings.path), to=to, why=why, who=getuser())
@@ -265,6 +278,7 @@ def history(settings_file: Path, at: str | None) -> None:
     settings = _begin(settings_file, needs_prefect=False)
     from flows.history import champion_at, read_history, unrecorded
     from flows.registry import Registry
+    from flows.screen import print_table
     from flows.times import read_moment
 
     registry = Registry(settings)
@@ -275,12 +289,13 @@ def history(settings_file: Path, at: str | None) -> None:
         said = "there was no champion" if then is None else then.words
         console.print(f"at {when:%Y-%m-%d %H:%M} UTC: {said}", markup=False, soft_wrap=True)
         return
-    table = Table(title=f"champions of {registry.name}", title_justify="left")
-    for column in ("version", "since (UTC)", "until", "by", "instead of", "why"):
-        table.add_column(column)
-    for tenure in tenures:
-        _add_row(table, *tenure.cells)
-    console.print(table)
+    print_table(
+        console,
+        f"champions of {registry.name}",
+        ("version", "since (UTC)", "until", "by", "instead of", "why"),
+        [tenure.cells for tenure in tenures],
+        whole=("since (UTC)", "until"),
+    )
     if words := unrecorded(registry, tenures):
         console.print(words, markup=False)
 
@@ -438,43 +453,20 @@ def backtest(
 def status(settings_file: Path) -> None:
     """Show the versions, the newest checks, and what waits to be done."""
     settings = _begin(settings_file, needs_prefect=False)
-    from flows.check import estimate_track
     from flows.registry import Registry
+    from flows.storage import FeedError
     from flows.watch import make_plan
-    from monitoring.policy import describe
 
     registry = Registry(settings)
-    plan = make_plan(registry, settings, datetime.now(UTC))
-    console.print(version_table(registry))
-    checks = registry.newest_checks(plan.champion.number)
-    table = Table(
-        title=f"newest checks against version {plan.champion.number}", title_justify="left"
-    )
-    for column in ("batch", "p", "evidence", "accuracy, estimated", "true (labels)", "decision"):
-        table.add_column(column)
-    for check in checks[-10:]:
-        metrics = check.metrics
-        _add_row(
-            table,
-            check.key.batch_id,
-            _figure(metrics.get("drift.p_value"), ".2g"),
-            _evidence(metrics),
-            _figure(metrics.get("accuracy.estimated"), ".3f"),
-            "{:.3f} ({})".format(*check.settled) if check.settled else "",
-            check.action,
-        )
-    console.print(table)
-    console.print(
-        f"{len(plan.batches)} batches in the feed, {len(plan.pending)} to check;"
-        f" {len(plan.fresh)} fresh labels"
-    )
-    console.print(describe(settings.policy), markup=False)
-    if words := _saved(registry):
-        console.print(words, markup=False, soft_wrap=True)
-    if words := estimate_track(plan.finished).words:
-        console.print(words, markup=False)
-    for problem in plan.labels.problems:
-        console.print(f"not used: {problem}", markup=False)
+    try:
+        plan = make_plan(registry, settings, datetime.now(UTC))
+    except FeedError as error:  # what is on record is there all the same
+        champion = registry.champion().number
+        show_versions(registry)
+        _show_checks(champion, registry.newest_checks(champion))
+        console.print(f"{error}; what waits to be done is not known", markup=False, soft_wrap=True)
+        return
+    _show_status(registry, plan)
 
 
 @main.command()
@@ -506,6 +498,10 @@ def up(
 
     @told_plainly
     def run() -> None:
+        from flows.preflight import read_toml
+
+        for path in settings_files:
+            read_toml(path)
         from flows.settings import load_settings
         from flows.up import Place
         from flows.up import up as serve
@@ -525,6 +521,9 @@ def ui(settings_file: Path, mlflow_port: int, prefect_port: int) -> None:
 
     @told_plainly
     def run() -> None:
+        from flows.preflight import read_toml
+
+        read_toml(settings_file)
         from flows.settings import load_settings
         from flows.up import Place, show
 
@@ -549,59 +548,119 @@ def demo(folder: Path) -> None:
     run(folder)
 
 
-def version_table(registry: Registry) -> Table:
-    """Lay the versions out, oldest first."""
-    champion = registry.alias("champion")
-    table = Table(title=f"versions of {registry.name}", title_justify="left")
-    columns = ("version", "parent", "verdict", "cost", "champion since", "rolled back", "why")
-    for column in columns:
-        table.add_column(column, no_wrap=column == "version")
-    for version in registry.versions():
-        tags = version.tags
-        mark = " ← champion" if version.number == champion else ""
-        _add_row(
-            table,
-            f"{version.number}{mark}",
-            str(version.parent or ""),
-            version.verdict or "not judged",
-            _cost(registry, version),
-            _moment(tags.get("promoted_at", "")),
-            _moment(tags.get("rolled_back_at", "")) if version.rolled_back else "",
-            tags.get("reason", "") if version.rolled_back else tags.get("cause", ""),
-        )
-    return table
+def show_versions(registry: Registry) -> None:
+    """Lay the versions out, oldest first; below, why each was made and what it cost."""
+    from flows.screen import print_line, print_table
+
+    champion, versions = registry.alias("champion"), registry.versions()
+    print_table(
+        console,
+        f"versions of {registry.name}",
+        ("version", "parent", "verdict", "champion since", "rolled back"),
+        [
+            (
+                f"{version.number}{' ← champion' if version.number == champion else ''}",
+                str(version.parent or ""),
+                version.verdict or "not judged",
+                _moment(version.tags.get("promoted_at", "")),
+                _moment(version.tags.get("rolled_back_at", "")) if version.rolled_back else "",
+            )
+            for version in versions
+        ],
+        whole=("version", "champion since", "rolled back"),
+    )
+    for version in versions:
+        told = [version.tags.get("cause", ""), _cost(registry, version)]
+        if version.rolled_back:
+            told.append(f"rolled back: {version.tags.get('reason', '')}")
+        if words := "; ".join(filter(None, told)):
+            print_line(console, f"version {version.number}: {words}")
+
+
+def _show_status(registry: Registry, plan: Plan) -> None:
+    """Print what is on record, and what waits to be done."""
+    from flows.check import estimate_track
+    from monitoring.policy import describe
+
+    show_versions(registry)
+    # one that could not be checked, and has gone from the feed since, is nobody's concern any more
+    here = {batch.id for batch in plan.batches}
+    checks = registry.newest_checks(plan.champion.number)
+    _show_checks(plan.champion.number, [c for c in checks if c.finished or c.key.batch_id in here])
+    console.print(
+        f"{len(plan.batches)} batches in the feed, {len(plan.pending)} to check;"
+        f" {len(plan.fresh)} fresh labels"
+    )
+    console.print(describe(registry.settings.policy), markup=False)
+    if words := _saved(registry):
+        console.print(words, markup=False, soft_wrap=True)
+    if words := estimate_track(plan.finished).words:
+        console.print(words, markup=False)
+    for problem in plan.labels.problems:
+        console.print(f"not used: {problem}", markup=False)
+
+
+def _show_checks(champion: int, checks: Sequence[CheckRecord]) -> None:
+    """Lay out the newest checks; below, why a batch was not measured."""
+    from flows.screen import print_line, print_table
+
+    if not checks:
+        console.print(f"version {champion} has no check yet: `sustain watch` makes them")
+        return
+    shown = checks[-10:]
+    print_table(
+        console,
+        f"newest checks against version {champion}",
+        ("batch", "p", "evidence", "accuracy, estimated", "true (labels)", "decision"),
+        [
+            (
+                check.key.batch_id,
+                _figure(check.metrics.get("drift.p_value"), ".2g") or "not tested",
+                _evidence(check.metrics),
+                _figure(check.metrics.get("accuracy.estimated"), ".3f"),
+                "{:.3f} ({})".format(*check.settled) if check.settled else "",
+                check.action,
+            )
+            for check in shown
+        ],
+        whole=("batch", "p"),
+    )
+    for check in shown:
+        if "drift.p_value" not in check.metrics and check.reason:
+            print_line(console, f"{check.key.batch_id}: {check.reason}")
 
 
 def show_watched(watched: Watched) -> None:
     """Print what a watch run did."""
+    from flows.screen import print_table
+
     if watched.move is not None:
         move = watched.move
         console.print(
             f"champion moved from version {move.before} to {move.after} by {move.by}: {move.why}",
             markup=False,
         )
+    said = [checked for checked in watched.checked if checked.action != "none"]
     if watched.checked:
-        table = Table(title=f"checks against version {watched.champion}", title_justify="left")
-        for column in ("batch", "samples", "p-value", "accuracy, estimated", "regime", "decision"):
-            table.add_column(column)
-        for checked in watched.checked:
-            _add_row(table, *_row(checked))
-        console.print(table)
-        for checked in watched.checked:
-            if checked.action != "none":
-                console.print(f"{checked.batch_id}: {checked.reason}", markup=False)
+        print_table(
+            console,
+            f"checks against version {watched.champion}",
+            ("batch", "samples", "p-value", "accuracy, estimated", "regime", "decision"),
+            [_row(checked) for checked in watched.checked],
+            whole=("batch",),
+        )
+        for checked in said:
+            console.print(f"{checked.batch_id}: {checked.reason}", markup=False)
     for batch, accuracy in watched.settled.items():
         console.print(f"{batch}: true accuracy {accuracy:.3f} on its labels", markup=False)
     for problem in watched.problems:
         console.print(f"not used: {problem}", markup=False)
-    console.print(f"decision: {watched.decision.action}: {watched.decision.reason}", markup=False)
+    decision, about = watched.decision, f" ({watched.batch})" if watched.batch else ""
+    # what was said of the batch need not be said twice
+    why = "" if decision.reason in [one.reason for one in said] else f": {decision.reason}"
+    console.print(f"decision: {decision.action}{about}{why}", markup=False)
     if watched.done:
         console.print(watched.done, markup=False)
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """Add a row whose cells are shown as they are: a batch may be called [red]."""
-    table.add_row(*map(Text, cells))
 
 
 def _row(checked: Checked) -> list[str]:
@@ -671,6 +730,9 @@ def _idle(plan: Plan) -> str:
 
 def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     """Read the settings and prepare the environment, before Prefect or torch is imported."""
+    from flows.preflight import read_toml
+
+    read_toml(settings_file)  # without torch, where there are none
     from flows.settings import export_to_environment, load_settings, under_torchrun
 
     settings = load_settings(settings_file)
@@ -680,6 +742,19 @@ def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     if needs_prefect:
         _check_prefect(settings)
     return settings
+
+
+def _require_version(
+    settings: Settings, number: int | None, *, or_challenger: bool = False
+) -> None:
+    """Refuse a version that there is not, before Prefect is started for it."""
+    from flows.registry import Registry
+
+    registry = Registry(settings)
+    if number is not None:
+        registry.version(number)
+    elif or_challenger:
+        registry.challenger()
 
 
 def _share(settings: Settings) -> None:
@@ -695,9 +770,9 @@ def _share(settings: Settings) -> None:
 
 def _begin_all(files: tuple[Path, ...], *, needs_prefect: bool = True) -> list[Settings]:
     """Read the settings of several models; the first ones' servers are everybody's."""
+    first = _begin(files[0], needs_prefect=needs_prefect)
     from flows.settings import load_settings
 
-    first = _begin(files[0], needs_prefect=needs_prefect)
     return [first, *(load_settings(path) for path in files[1:])]
 
 

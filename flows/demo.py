@@ -295,10 +295,10 @@ def _scores(registry: Registry, tests: dict[str, Digits]) -> dict[int, dict[str,
 def _close(
     console: Console, registry: Registry, path: Path, scores: dict[int, dict[str, float]]
 ) -> None:
-    from flows.cli import version_table
+    from flows.cli import show_versions
 
     console.print()
-    console.print(version_table(registry))
+    show_versions(registry)
     table = Table(
         title="accuracy on digits that neither training nor gate ever saw", title_justify="left"
     )

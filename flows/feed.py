@@ -30,6 +30,10 @@ class BatchNotReady(FeedError):  # noqa: N818 -- a state that passes, not a faul
     """The batch is empty, half-written or changed while it was read; try it again next time."""
 
 
+class BatchEmpty(BatchNotReady):
+    """The batch holds no pictures."""
+
+
 @dataclass(frozen=True)
 class FeedSettings:
     """Where batches and labels arrive, and what is accepted.

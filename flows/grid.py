@@ -11,12 +11,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from flows.preflight import SettingsError
 from flows.settings import (
     SECTIONS,
     LogSettings,
     NotifySettings,
     Settings,
-    SettingsError,
     changed,
 )
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from flows.feed import Batch, BatchNotReady, FeedSettings
+from flows.feed import Batch, BatchEmpty, BatchNotReady, FeedSettings
 from flows.storage import FeedError
 from flows.words import count, first_few, printable
 from monitoring.features import tidy
@@ -311,7 +311,7 @@ class Intake:
         said = "; ".join(["", *self.notes])
         total = len(self._kept) + len(bad)
         if total == 0:
-            raise BatchNotReady(f"{batch} is empty: it holds no pictures{said}")
+            raise BatchEmpty(f"{batch} is empty: it holds no pictures{said}")
         if (lost := sum(self._lost_shards.values())) > limit * self.shard_bytes:
             name, reason = next(entry for entry in bad if entry[0] in self._lost_shards)
             raise TooManyBad(

@@ -18,7 +18,7 @@ from flows.fresh import held_out_labels
 from flows.history import show_in_prefect
 from flows.kept import as_json
 from flows.logs import log
-from flows.records import CHALLENGER, CHAMPION, ChampionMovedError, RegistryError, Version
+from flows.records import CHALLENGER, CHAMPION, ChampionMovedError, Version
 from flows.registry import Registry
 from flows.scores import per_class, worst_classes
 from flows.settings import Settings, load_settings
@@ -113,13 +113,8 @@ def promote_on(
     if registry.observe_moves(now) is not None:
         show_in_prefect(registry)
     champion = registry.champion()
-    number = version if version is not None else registry.alias(CHALLENGER)
-    if number is None:
-        raise RegistryError(
-            f"model {registry.name!r} has no version with the alias {CHALLENGER!r}: name one with"
-            " --version"
-        )
-    candidate = registry.version(number)
+    candidate = registry.challenger() if version is None else registry.version(version)
+    number = candidate.number
     if candidate.number == champion.number:
         registry.end_challenge(candidate)
         return Promoted(number, champion.number, True, "promote", "it is champion already")
@@ -136,7 +131,8 @@ def promote_on(
     reason = _since_its_parent(candidate, champion) + candidate.tags.get("verdict_reason", "")
     if why is None and candidate.rolled_back:
         reason = (
-            f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote it"
+            f"it was rolled back ({candidate.tags.get('reason', '')}); only a person may promote"
+            f" it: {_by_hand(candidate)}"
         )
         return Promoted(number, champion.number, False, "rolled back", reason)
     if why is None and outcome != Outcome.PROMOTE.value:
@@ -169,6 +165,20 @@ def _since_its_parent(candidate: Version, champion: Version) -> str:
         f"version {candidate.number} was tuned from version {candidate.parent}, which is champion"
         f" no more, and was judged against version {champion.number}: "
     )
+
+
+def way_on(candidate: Version, outcome: Outcome) -> str:
+    """Say what a person can do about a verdict; empty where the gate lets the version pass."""
+    if outcome is Outcome.PROMOTE:
+        return ""
+    if outcome is Outcome.INCONCLUSIVE and candidate.adapted:
+        return f"it is judged again when they are here; before, {_by_hand(candidate)}"
+    other = "" if outcome is Outcome.INCONCLUSIVE else " or change [training]"
+    return f"to go on, label more{other} and run `sustain retrain`, or {_by_hand(candidate)}"
+
+
+def _by_hand(candidate: Version) -> str:
+    return f"`sustain promote --version {candidate.number} --why REASON` promotes it all the same"
 
 
 def _wait(registry: Registry, candidate: Version, champion: Version, reason: str) -> Promoted:
@@ -410,8 +420,11 @@ def _record(registry: Registry, candidate: Version, champion: Version, judged: J
         json.dumps(asdict(verdict), indent=2),
         f"verdict-against-{champion.number}.json",
     )
-    if registry.live:
-        told = story(registry, candidate, verdict, champion, judged.gain)
+    reason = verdict.reason[:MAX_TAG]
+    if registry.live:  # in a replay nobody goes on
+        then = way_on(candidate, verdict.outcome)
+        reason = "; ".join(filter(None, (reason, then)))
+        told = story(registry, candidate, verdict, champion, judged.gain, then)
         registry.describe(candidate, told)
     before = [one for one in candidate.tags.get("judged_against", "").split(",") if one]
     registry.tag(
@@ -423,7 +436,7 @@ def _record(registry: Registry, candidate: Version, champion: Version, judged: J
             else {}
         ),
         gain=f"{judged.gain:.4f}",
-        verdict_reason=verdict.reason,
+        verdict_reason=reason,
         verdict_against=str(champion.number),
         verdict=verdict.outcome.value,
     )

@@ -158,6 +158,16 @@ class Registry(Tracking):
             )
         return version
 
+    def challenger(self) -> Version:
+        """Return the version with the alias `challenger`; raises RegistryError without one."""
+        number = self.alias(CHALLENGER)
+        if number is None:
+            raise RegistryError(
+                f"model {self.name!r} has no version with the alias {CHALLENGER!r}: name one with"
+                " --version"
+            )
+        return self.version(number)
+
     def ancestry(self, version: Version) -> list[Version]:
         """Return the version and its parents, newest first, down to one that was deleted."""
         chain = [version]

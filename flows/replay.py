@@ -8,7 +8,7 @@ policies agree on are taken once.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -170,6 +170,7 @@ def run(
     floor: float | None = None,
     jobs: int = 1,
     times: int = ORACLE_TIMES,
+    on_replay: Callable[[Replayed], None] | None = None,
 ) -> Backtest:
     """Replay policies on the history of a model.
 
@@ -182,11 +183,12 @@ def run(
         floor: accuracy under which days are counted.
         jobs: processes.
         times: moments at most at which the oracle trains by itself.
+        on_replay: told of each policy when it is done, in their order.
     """
     past, start, shelf = prepare(settings, since)
     if batches is not None:
         past = past.first(batches)
-    done = replay_all(past, start, shelf, candidates, jobs)
+    done = replay_all(past, start, shelf, candidates, jobs, on_replay)
     replays = tuple(found for found, _ in done)
     spent = {name: cost for _, costs in done for name, cost in costs.items()}
     labelled = any(one.labelled for found in replays for one in found.served)
@@ -226,19 +228,33 @@ def prepare(settings: Settings, since: datetime | None = None) -> tuple[Past, St
 
 
 def replay_all(
-    past: Past, start: Start, shelf: Shelf, candidates: Sequence[Candidate], jobs: int = 1
+    past: Past,
+    start: Start,
+    shelf: Shelf,
+    candidates: Sequence[Candidate],
+    jobs: int = 1,
+    on_replay: Callable[[Replayed], None] | None = None,
 ) -> list[tuple[Replayed, Costs]]:
     """Replay each policy, in so many processes; they share the shelf.
+
+    `on_replay` is told of each when it is done.
 
     Raises:
         BacktestError: a process died.
     """
+
+    def told(found: Iterable[tuple[Replayed, Costs]]) -> Iterator[tuple[Replayed, Costs]]:
+        for one, costs in found:
+            if on_replay is not None:
+                on_replay(one)
+            yield one, costs
+
     if jobs == 1:
-        return [replay(past, start, shelf, one) for one in candidates]
+        return list(told(replay(past, start, shelf, one) for one in candidates))
     alone = partial(replay, past, start, Shelf(shelf.folder))
     try:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            return list(pool.map(alone, candidates))
+            return list(told(pool.map(alone, candidates)))
     except BrokenProcessPool as error:
         raise BacktestError(
             "a process of the replay was killed, or ran out of memory: take fewer --jobs; the steps"

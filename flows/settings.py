@@ -20,6 +20,7 @@ from typing import Any, Literal, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from flows.feed import FeedSettings
+from flows.preflight import SettingsError, read_toml
 from flows.words import PASSWORD
 from monitoring.detectors import DetectionSettings
 from monitoring.policy import PolicySettings
@@ -47,10 +48,6 @@ _HARMLESS = re.compile(r"(file|filename|path|name|(?<!sas_)ur[li]|md5)$")
 """Ends of names that say where a secret is, or whose; the address with a SAS is one."""
 _PUBLIC = ("", "anon", "browser", "cache", "cloud", "google_default")
 """Values of gcsfs's `token` that name a way to log in."""
-
-
-class SettingsError(ValueError):
-    """A setting is unknown or wrong; the message names it and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -446,16 +443,7 @@ def load_settings(path: Path, environ: Mapping[str, str] | None = None) -> Setti
     """
     environ = os.environ if environ is None else environ
     path = path.resolve()
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(
-            f"there are no settings at {path}: write them with `sustain init NAME`, or name the"
-            " file with --settings"
-        ) from error
-    except (ValueError, RecursionError, OSError) as error:
-        raise SettingsError(f"{path.name} cannot be read as TOML: {error}") from error
-
+    raw = read_toml(path)
     sections = {name: _section(path.name, name, value) for name, value in raw.items()}
     _refuse_secrets(path.name, sections)
     for variable, value in environ.items():

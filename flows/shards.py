@@ -27,7 +27,8 @@ from flows.batches import Contents, open_batch, read_batch
 from flows.feed import Batch, FeedSettings
 from flows.intake import BatchData, Intake
 from flows.package import see
-from flows.settings import MachineSettings, Settings, SettingsError
+from flows.preflight import SettingsError
+from flows.settings import MachineSettings, Settings
 from flows.storage import FeedError, Place
 from monitoring.features import FeatureTable, concatenate, tidy
 from sft.models import Network

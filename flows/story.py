@@ -28,11 +28,16 @@ def first_story(registry: Registry, version: Version) -> str:
 
 
 def story(
-    registry: Registry, version: Version, verdict: Verdict, champion: Version, gain: float
+    registry: Registry,
+    version: Version,
+    verdict: Verdict,
+    champion: Version,
+    gain: float,
+    then: str = "",
 ) -> str:
     """Tell of a version that was judged against a champion, as Markdown.
 
-    `gain` is that of accuracy on the fresh hold-out.
+    `gain` is that of accuracy on the fresh hold-out; `then` what a person can do about a refusal.
     """
 
     def link(words: str, artifact: str) -> str:
@@ -47,7 +52,8 @@ def story(
     )
     return "\n\n".join(
         [
-            f"**{verdict.outcome.value}** against {_named(registry, champion.number)}",
+            f"**{verdict.outcome.value}** against {_named(registry, champion.number)}"
+            + (f"; {then}" if then else ""),
             _table(verdict.criteria),
             _origin(registry, version),
             "\n".join(

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
-from rich.table import Table
 
 from flows.guard import SIGNALS
+from flows.screen import print_line
 from flows.servers import (
     LOOPBACK,
     MLFLOW_PASSWORD,
@@ -202,7 +202,8 @@ def up(models: Sequence[Settings], place: Place) -> None:
             _start_receiver(running, files)
             running.wait(f"{place.url(place.webhook)}/health", RECEIVER)
             _wait_for_worker(running, prefect, worker)
-        console.print(_addresses(models, place, mlflow, prefect))
+        for line in _addresses(models, place, mlflow, prefect):
+            print_line(console, line)
         console.print("Ctrl-C stops all of it")
         running.stay()
 
@@ -216,11 +217,13 @@ def show(settings: Settings, place: Place) -> None:
     with servers([settings], place, {}) as running:
         with console.status("starting MLflow's and Prefect's UIs"):
             mlflow, prefect = _begin(running, [settings])
-        console.print(
-            f"MLflow   {mlflow}/#/models/{settings.model.name}  (versions, roll back here)"
-        )
-        console.print(f"         {mlflow}/#/experiments  (checks and drift reports)")
-        console.print(f"Prefect  {prefect}/runs  (flow runs; artifacts under {prefect}/artifacts)")
+        for line in (
+            f"MLflow   {mlflow}/#/models/{settings.model.name}  (versions, roll back here)",
+            f"         {mlflow}/#/experiments  (checks and drift reports)",
+            f"Prefect  {prefect}/runs  (flow runs)",
+            f"         {prefect}/artifacts  (a summary of each check)",
+        ):
+            print_line(console, line)
         console.print("Ctrl-C stops both")
         running.stay()
 
@@ -458,20 +461,17 @@ def _wait_for_worker(running: Running, prefect: str, name: str) -> None:
     raise ServerError(f"Prefect knows of no worker{why}; its log is in {running.logs}")
 
 
-def _addresses(models: Sequence[Settings], place: Place, mlflow: str, prefect: str) -> Table:
+def _addresses(
+    models: Sequence[Settings], place: Place, mlflow: str, prefect: str
+) -> Iterator[str]:
+    """Write what is where, each address whole on a line."""
     receiver = place.url(place.webhook)
-    table = Table(
-        title=f"serving {', '.join(one.model.name for one in models)}", title_justify="left"
-    )
-    for column in ("what", "where", "what for"):
-        table.add_column(column, overflow="fold")
+    yield f"serving {', '.join(one.model.name for one in models)}"
     for one in models:
-        where = f"{mlflow}/#/models/{one.model.name}"
-        table.add_row("MLflow", where, "versions: roll back here")
-    table.add_row("", f"{mlflow}/#/experiments", "checks and drift reports")
-    table.add_row("Prefect", f"{prefect}/deployments", "schedules; promote, roll back by a click")
-    table.add_row("", f"{prefect}/runs", "what ran")
-    table.add_row("webhook", f"{receiver}/mlflow", "MLflow tells of moved aliases")
-    table.add_row("metrics", f"{receiver}/metrics", "for Prometheus")
-    table.add_row("logs", str(models[0].root / "logs"), "")
-    return table
+        yield f"MLflow   {mlflow}/#/models/{one.model.name}  (versions: roll back here)"
+    yield f"         {mlflow}/#/experiments  (checks and drift reports)"
+    yield f"Prefect  {prefect}/deployments  (schedules; promote, roll back by a click)"
+    yield f"         {prefect}/runs  (what ran)"
+    yield f"webhook  {receiver}/mlflow  (MLflow tells of moved aliases)"
+    yield f"metrics  {receiver}/metrics  (for Prometheus)"
+    yield f"logs     {models[0].root / 'logs'}"

@@ -139,6 +139,7 @@ class Watched:
         checked: one entry a batch.
         settled: batch to true accuracy on the labels that came.
         decision: the last decision.
+        batch: the batch that it is about; empty where it is about none.
         done: what came of it, in words: a retraining, a rollback, or a list of labels wanted.
         problems: labels that could not be used, and batches that the storage did not give.
     """
@@ -150,6 +151,7 @@ class Watched:
     decision: Decision
     done: str
     problems: tuple[str, ...]
+    batch: str = ""
 
 
 def make_plan(registry: Registry, settings: Settings, now: datetime) -> Plan:
@@ -225,7 +227,7 @@ def watch_on(registry: Registry) -> Watched:
     settled = settle_all(registry, settings, plan, now)
     if settled:  # the truth may call for another decision
         plan = make_plan(registry, settings, now)
-    decision, done = _act(registry, settings, plan, _last_decision(checked), now)
+    decision, done, about = _act(registry, settings, plan, *_last_decision(checked), now)
     if decision.action is Action.ASK_FOR_LABELS:
         plan = make_plan(registry, settings, now)
         if plan.asking is not None:
@@ -242,29 +244,44 @@ def watch_on(registry: Registry) -> Watched:
         decision=decision,
         done=done,
         problems=(*unread, *plan.labels.problems, *tell(registry, settings, now)),
+        batch=about,
     )
 
 
 def _act(
-    registry: Registry, settings: Settings, plan: Plan, decision: Decision, now: datetime
-) -> tuple[Decision, str]:
-    """Roll back or retrain if it is due; return the decision in force and what was done."""
+    registry: Registry,
+    settings: Settings,
+    plan: Plan,
+    decision: Decision,
+    about: str,
+    now: datetime,
+) -> tuple[Decision, str, str]:
+    """Roll back or retrain if it is due.
+
+    Returns:
+        The decision in force, what was done, and the batch that it is about, if it is about one;
+        without anything due, the decision `about` a batch that was given.
+    """
     moved = _end_probation(registry, settings, plan, now) or _judge_waiting(registry, plan)
     if moved is not None:
-        return moved
-    standing = plan.standing
+        return *moved, ""
+    standing, asking = plan.standing, plan.asking
     if standing is None:
-        return (decision if plan.asking is None else _on_record(plan.asking)), ""
+        if asking is None:
+            return decision, "", about
+        return _on_record(asking), "", asking.key.batch_id
+    about = standing.key.batch_id
     decision = plan.decider.on_record(standing)
     record_decision(registry, standing.run_id, decision, plan.fresh)
     if decision.action is not Action.RETRAIN:
-        return decision, ""
+        return decision, "", about
     try:
-        return decision, start_retraining(registry, plan.champion, plan.fresh, standing, decision)
+        done = start_retraining(registry, plan.champion, plan.fresh, standing, decision)
     except LabelsRefusedError:  # others are needed, as it has put on record
-        return _on_record(registry.check_record(standing.run_id)), ""
+        return _on_record(registry.check_record(standing.run_id)), "", about
     except RetrainError as error:  # another watcher was faster, or labels went away
-        return decision, f"nothing was retrained: {error}"
+        done = f"nothing was retrained: {error}"
+    return decision, done, about
 
 
 def list_wanted_labels(
@@ -512,9 +529,10 @@ def _on_record(record: CheckRecord) -> Decision:
     return Decision(Action(record.action), record.reason)
 
 
-def _last_decision(checked: tuple[Checked, ...]) -> Decision:
+def _last_decision(checked: tuple[Checked, ...]) -> tuple[Decision, str]:
+    """Give the decision that asks for most, and the batch that it is about."""
     done = [c for c in checked if c.action not in (FAILED, POOLED)]
     if not done:
-        return Decision(Action.NONE, "Nothing new.")
+        return Decision(Action.NONE, "Nothing new."), ""
     worst = max(done, key=lambda c: list(Action).index(Action(c.action)))
-    return Decision(Action(worst.action), worst.reason)
+    return Decision(Action(worst.action), worst.reason), worst.batch_id

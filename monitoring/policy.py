@@ -43,6 +43,8 @@ it as now would forbid training until then."""
 TOLD_SKEW = timedelta(minutes=1)
 LEVEL = 0.025
 """At which labels show a fall: that of the upper end of a 95 % interval."""
+MANY_LABELS = 100_000
+"""So many that their own error is nothing beside a reference's."""
 
 
 class FreshFrom(StrEnum):
@@ -680,7 +682,39 @@ def _p_no_fall(evidence: Evidence, accuracy: float, n: int) -> float:
     known, known_right = evidence.reference_n, round(evidence.reference * evidence.reference_n)
     if not known:
         return float(stats.binom.cdf(right, n, evidence.reference))
+    return _as_low_by_chance(right, n, known_right, known)
+
+
+def _as_low_by_chance(right: int, n: int, known_right: int, known: int) -> float:
     return float(stats.hypergeom.cdf(right, known + n, known_right + right, n))
+
+
+def smallest_fall(reference: float, reference_n: int) -> float:
+    """Give the smallest fall of accuracy that labels can show, however many come.
+
+    The reference's accuracy is itself known from `reference_n` labels only, so that a smaller fall
+    may be its error (see `_p_no_fall`; shown is what has a chance under `LEVEL`).
+
+    Returns:
+        A share in 0..1; 1 where none can be shown.
+    """
+    known_right = round(reference * reference_n)
+    low, high = -1, round(reference * MANY_LABELS)  # shown, and not shown
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _as_low_by_chance(middle, MANY_LABELS, known_right, reference_n) < LEVEL:
+            low = middle
+        else:
+            high = middle
+    return reference - low / MANY_LABELS if low >= 0 else 1.0
+
+
+def reference_needed(reference: float, min_drop: float) -> int:
+    """Give how many labels the reference needs for a fall of `min_drop` to be shown."""
+    n = 1
+    while smallest_fall(reference, n) > min_drop:
+        n = math.ceil(1.1 * n) + 1
+    return n
 
 
 def has_fallen(before: float, now: float, min_drop: float) -> bool:

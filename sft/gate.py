@@ -114,7 +114,10 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's answer; `missing` fresh labels would decide an inconclusive one."""
+    """The gate's answer; `missing` fresh labels would decide an inconclusive one.
+
+    The first of the criteria is the one on fresh data.
+    """
 
     outcome: Outcome
     criteria: tuple[Criterion, ...]
@@ -122,13 +125,15 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """One sentence: what decided."""
+        """One sentence: what decided, and whatever it was, the gain on fresh data."""
         failed = [c.words for c in self.criteria if not c.passed]
         if self.outcome is Outcome.INCONCLUSIVE:
             return (
                 f"not enough evidence, about {self.missing} more labels are needed: "
                 + "; ".join(failed)
             )
+        if failed and (better := self.criteria[0]).passed:
+            failed.append(f"{better.name}, though: {better.words}")
         return "; ".join(failed or [c.words for c in self.criteria])
 
 
@@ -490,10 +495,21 @@ def _missing_labels(fresh: Pair, settings: GateSettings, level: float) -> int:
 
 
 def _means(pair: Pair) -> str:
+    """Write the means of both, the gain, and its lower 95 % bound."""
     before, after = pair.champion.scores, pair.challenger.scores
     if pair.is_right_or_wrong:
-        return f"{_percent(before)} → {_percent(after)}"
-    return f"score {before.mean():.4g} → {after.mean():.4g}" if len(pair) else "no score"
+        gain = float(after.mean() - before.mean()) * 100
+        bound = difference_bound(pair.gained, pair.lost, len(pair)) * 100
+        return (
+            f"{_percent(before)} → {_percent(after)}, a gain of {gain:+.1f} points (lower 95 %"
+            f" bound {bound:+.1f})"
+        )
+    gains = pair.difference
+    bound = gains.mean() - 1.645 * gains.std() / math.sqrt(len(gains))
+    return (
+        f"score {before.mean():.4g} → {after.mean():.4g}, a gain of {gains.mean():+.4g} (lower 95 %"
+        f" bound {bound:+.4g})"
+    )
 
 
 def _percent(right: NDArray[Any]) -> str:

@@ -437,6 +437,22 @@ def architectures() -> list[str]:
     return [*BUILT_IN, *models.list_models(module=models)]
 
 
+def require_known(architecture: str) -> None:
+    """Refuse a name of no architecture; a factory of the user's own is asked when it is called.
+
+    Raises:
+        ModelError: names those that are spelled alike.
+    """
+    if architecture.startswith(TIMM):
+        _import_timm(architecture)
+    elif not is_factory(architecture) and architecture not in architectures():
+        near = _did_you_mean(architecture, architectures())
+        raise ModelError(
+            f"unknown architecture {architecture!r}: give a torchvision classification name,"
+            f" timm/NAME, small_cnn, mlp, or package.module:function{near}"
+        )
+
+
 def _empty(config: ModelConfig, allowed_factories: Collection[str]) -> nn.Module:
     """Build what a configuration describes, members and domains too, to be filled with weights."""
     outputs = len(config.classes)
@@ -480,11 +496,7 @@ def _torchvision_body(config: ModelConfig, outputs: int | None, weights: str | N
     from torchvision import models
 
     name = config.architecture
-    if name not in models.list_models(module=models):
-        raise ModelError(
-            f"unknown architecture {name!r}: give a torchvision classification name, timm/NAME,"
-            f" small_cnn, mlp, or package.module:function{_did_you_mean(name, architectures())}"
-        )
+    require_known(name)
     if config.preprocessing.channels != 3:  # noqa: PLR2004 - RGB
         raise ModelError(f"{name} takes pictures of 3 channels: set channels = 3")
     size = config.preprocessing.image_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -71,6 +72,19 @@ def test_the_flow_replays_too(world: World) -> None:
     assert [one.split(": accuracy")[0] for one in told] == [
         "try: min_drop=0.05",
         "try: min_drop=0.5",
+    ]
+
+
+def test_each_policy_is_told_of_when_it_is_done(world: World) -> None:
+    """By a plain line each, which a log of a machine without a terminal shows as well."""
+    policy = str(world.path.parent / "try.toml")
+    command = ["backtest", "-s", str(world.path), "--policy", policy, "--oracle-times", "0"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.output.splitlines() if line.startswith("replayed ")]
+    assert [re.sub(r"after \d+ s: |: accuracy 0\.\d+", "", line) for line in lines] == [
+        "replayed 1 of 2 policies try: min_drop=0.05",
+        "replayed 2 of 2 policies try: min_drop=0.5",
     ]
 
 

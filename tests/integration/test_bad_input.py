@@ -62,6 +62,17 @@ def test_wrong_toml(tmp_path: Path) -> None:
     assert "[feed] has no key 'urll' (did you mean 'url'?); allowed: url, labels" in said(result)
 
 
+def test_an_architecture_that_there_is_not(tmp_path: Path) -> None:
+    """It is told with its neighbours before there is a record."""
+    path = bare(tmp_path, 'architecture = "resnet19"\n')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "1.png").write_bytes(b"x")
+    result = sustain("bootstrap", "-s", str(path), "--data", str(tmp_path / "data"))
+    assert result.exit_code == 1
+    assert "unknown architecture 'resnet19'" in said(result)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
 def test_no_champion(tmp_path: Path) -> None:
     """Without a champion every verb says how to get one."""
     result = sustain("watch", "-s", str(bare(tmp_path)))
@@ -115,16 +126,34 @@ def test_prefect_away(tmp_path: Path, free_port: int, how: str) -> None:
 
 
 def test_feeds_that_hold_nothing(small_world: Callable[[str], World]) -> None:
-    """An empty feed is nothing to do; one that is missing is named."""
+    """An empty feed is nothing to do; one that is missing is named, and the record shown.
+
+    A batch that could not be checked is shown until it is gone; what is said is said once.
+    """
     world = small_world("empty")
+    assert "version 1 has no check yet" in said(sustain("status", "-s", str(world.path)))
     result = sustain("watch", "-s", str(world.path))
     assert result.exit_code == 0
     assert "nothing to do: the feed is empty" in said(result)
-    shutil.rmtree(world.path.parent / "feed")
+    feed = world.path.parent / "feed"
+    (batch,) = world.arrive(0)
+    (feed / "broken").mkdir()
+    (feed / "broken" / "1.png").write_text("no picture")
+    told = said(sustain("watch", "-s", str(world.path)))
+    assert told.count("accuracy probably fell by") == 1
+    assert f"decision: ask_for_labels ({batch})" in told
+    told = said(sustain("status", "-s", str(world.path)))
+    assert "broken: batch broken: 1 of 1 pictures could not be read" in told
+    shutil.rmtree(feed / "broken")
+    assert "broken" not in said(sustain("status", "-s", str(world.path)))
+    shutil.rmtree(feed)
     result = sustain("watch", "-s", str(world.path))
     assert result.exit_code == 1
-    assert "the feed" in said(result)
-    assert "does not exist" in said(result)
+    assert f"the feed {feed} does not exist" in said(result)
+    result = sustain("status", "-s", str(world.path))
+    assert result.exit_code == 0
+    for words in ("1 ← champion", batch, f"the feed {feed} does not exist"):
+        assert words in said(result)
 
 
 def test_labels_that_do_not_suffice(small_world: Callable[[str], World]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from click.testing import CliRunner
+from prefect import get_client
 from prefect.artifacts import Artifact
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from worlds import World
 
 from flows import demo
@@ -57,12 +59,19 @@ max_class_drop = 0.05
 """
 
 
-def sustain(world: World, *arguments: str) -> str:
+def sustain(world: World, *arguments: str, fails: bool = False) -> str:
     """Run a command in this process; return what it prints, in one line."""
     command = [arguments[0], "-s", str(world.path), *arguments[1:]]
     result = CliRunner(env={"COLUMNS": "300"}).invoke(main, command, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == int(fails), result.output
     return " ".join(result.output.split())
+
+
+def runs_of(flow: str) -> int:
+    """Count the runs of a flow that the session's Prefect server knows."""
+    with get_client(sync_client=True) as client:
+        named = FlowFilter(name=FlowFilterName(any_=[flow]))
+        return len(client.read_flow_runs(flow_filter=named, limit=200))
 
 
 def test_a_challenger_waits_for_a_person(small_world: Callable[[str], World]) -> None:
@@ -77,6 +86,11 @@ def test_a_challenger_waits_for_a_person(small_world: Callable[[str], World]) ->
     made = retrain(str(world.path))
     assert (made.outcome, made.promoted) == ("waiting", False)
     assert "run `sustain promote --version 2`" in made.reason
+    began = runs_of("promote") + runs_of("rollback")
+    for command, number in (("promote", "--version"), ("rollback", "--to")):
+        told = sustain(world, command, number, "9", fails=True)
+        assert told == "error: model 'manual' has no version 9; there are [1, 2]"
+    assert runs_of("promote") + runs_of("rollback") == began  # told before Prefect is started
     registry = Registry(world.settings)
     assert registry.version(2).verdict == "promote"
     assert (registry.alias(CHAMPION), registry.alias(CHALLENGER)) == (1, 2)
@@ -138,11 +152,22 @@ def test_a_challenger_that_loses_one_camera_is_refused(tmp_path: Path, prefect_s
     assert made.reason.startswith("classes and slices that collapsed: ")
     assert "camera = negatives " in made.reason
     assert "camera = plain " not in made.reason
-    assert ";" not in made.reason  # every other criterion holds
+    assert "; better on fresh data, though: fresh hold-out (" in made.reason
+    assert "points (lower 95 % bound +" in made.reason
+    then = (
+        "to go on, label more or change [training] and run `sustain retrain`, or `sustain promote"
+        " --version 2 --why REASON` promotes it all the same"
+    )
+    assert made.reason.endswith(f"; {then}")
+    assert made.reason.count(";") == 2  # every other criterion holds
+    told = sustain(world, "promote", fails=True)
+    assert told == f"error: version 2 was not promoted (refuse): {made.reason}"
     registry = Registry(world.settings)
+    assert registry.version(2).tags["verdict_reason"] == made.reason
     assert registry.alias(CHAMPION) == 1
     description = registry.client.get_model_version(registry.name, "2").description
     assert "| no class or slice collapses | no | classes and slices that collapsed: " in description
+    assert f"; {then}\n" in description
 
 
 def test_every_move_is_in_the_history_and_each_version_tells_its_story(
@@ -154,6 +179,8 @@ def test_every_move_is_in_the_history_and_each_version_tells_its_story(
     assert retrain(str(world.path), cause="drift in batch x", check="0" * 32).promoted
     promoted = datetime.now(UTC)
     rollback(str(world.path), why="worse | much", who="ada")
+    told = sustain(world, "promote", "--version", "2", fails=True)
+    assert "only a person may promote it: `sustain promote --version 2 --why REASON`" in told
     registry = Registry(world.settings)
     registry.client.set_registered_model_alias(registry.name, CHAMPION, "2")
     assert "is on version 2 now" in unrecorded(registry, read_history(registry))

@@ -18,9 +18,10 @@ from flows.check import check
 from flows.grid import grid_of, read_grid
 from flows.meter import total
 from flows.past import Past, PastError, read_past
+from flows.preflight import SettingsError
 from flows.replay import Backtest, BacktestError, expand, find_ideal, replay_all
 from flows.replay_page import write_page
-from flows.settings import SettingsError, load_settings
+from flows.settings import load_settings
 from flows.simulated import SimulatedRegistry
 from monitoring.replay import Replayed
 

@@ -21,6 +21,7 @@ from flows.retrain import retrain
 from flows.settings import load_settings
 from flows.storage import FeedError
 from flows.watch import make_plan, watch
+from monitoring.policy import reference_needed, smallest_fall
 from sft.models import ModelError
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ def test_adopting_a_model_of_ones_own(tmp_path: Path, prefect_server: str) -> No
         bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
     path.write_text(text + f"classes = {list(classes)}\n" + normal)
     made = bootstrap(str(path), data=str(tmp_path / "held"), adopt=adopt)
+    least = f"{smallest_fall(made.accuracy, made.holdout) * 100:.1f} points"
+    assert f"cannot show a fall of accuracy under {least}, and min_drop" in made.warning
+    assert f"with some {reference_needed(made.accuracy, 0.05)} held out" in made.warning
     registry = Registry(load_settings(path))
     ours = registry.network(registry.champion())
     pixels = torch.from_numpy(_mnist().pictures[:4]).unsqueeze(1)
@@ -279,3 +283,16 @@ def test_bootstrap_says_what_is_missing(tmp_path: Path, prefect_server: str) -> 
     Image.new("L", (16, 16)).save(flat / "1.png")
     with pytest.raises(BootstrapError, match=r"no picture in .* has a label"):
         bootstrap(str(path), data=str(flat))
+
+
+def test_bootstrap_says_what_a_folder_without_pictures_should_hold(
+    tmp_path: Path, prefect_server: str
+) -> None:
+    """It names the folder, what it found in it, and the forms that it takes."""
+    assert prefect_server
+    path, words = tmp_path / "sustain.toml", tmp_path / "words"
+    path.write_text('[model]\nname = "m"\narchitecture = "mlp"\n')
+    words.mkdir()
+    (words / "read.me").write_text("elsewhere")
+    with pytest.raises(BootstrapError, match=rf"^{words}: .* no pictures; .*read.me; --data takes"):
+        bootstrap(str(path), data=str(words))

@@ -34,8 +34,9 @@ from flows.grid import read_grid
 from flows.history import tenures
 from flows.labels import read_labels
 from flows.manifest import check_loader, stated_in
+from flows.preflight import SettingsError
 from flows.records import RegistryError, Version, read_move
-from flows.settings import SECTIONS, Settings, SettingsError, load_settings
+from flows.settings import SECTIONS, Settings, load_settings
 from flows.storage import FeedError
 from flows.times import read_moment
 from flows.webhook import Gatekeeper, model_of, sign

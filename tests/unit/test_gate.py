@@ -170,7 +170,28 @@ def test_a_verdict_gives_its_figures_in_words() -> None:
     assert bad.startswith("old hold-out (300 samples): 100.0 % → 90.0 %, difference -10.0 points")
     labels = [0] * 60 + [3] * 20 + [1] * 320
     collapse = verdict(pair(400, 60, 12, labels=labels), pair(300, labels=[1] * 300)).reason
-    assert collapse == "classes that collapsed: d 100.0 % → 40.0 %"
+    assert collapse.startswith("classes that collapsed: d 100.0 % → 40.0 %; better on fresh data")
+
+
+def test_a_refusal_tells_the_fresh_gain_whatever_decided() -> None:
+    """With its lower bound: once, whether it is that which failed or not; of scores, too."""
+    gain = f"a gain of +20.0 points (lower 95 % bound {difference_bound(20, 0, 100) * 100:+.1f})"
+    old = verdict(pair(100, 20), pair(300, 0, 30)).reason
+    assert "; better on fresh data, though: fresh hold-out (100 samples): " in old
+    assert gain in old
+    assert gain in verdict(pair(100, 20)).reason
+    few = verdict(pair(100, 5)).reason
+    assert few.count("fresh hold-out (100 samples): 95.0 % → 100.0 %, a gain of +5.0 points") == 1
+    worse = verdict(pair(100, 4, 20)).reason
+    assert worse.startswith("fresh hold-out (100 samples): 96.0 % → 80.0 %, a gain of -16.0 points")
+    truth = np.arange(100.0)[:, None]
+    values = truth + np.tile([[2.0], [4.0]], (50, 1))
+    task = Regression(tolerance=10)
+    scores = Pair(Answers(values, truth, values, task), Answers(truth, truth, truth, task))
+    gains = scores.difference
+    bound = gains.mean() - 1.645 * gains.std() / 10
+    told = verdict(scores, pair(300, 0, 30)).reason
+    assert f"a gain of {gains.mean():+.4g} (lower 95 % bound {bound:+.4g})" in told
 
 
 def test_what_is_not_enough_names_the_missing_labels() -> None:
@@ -334,7 +355,9 @@ def test_a_slice_that_collapses_is_named() -> None:
     assert verdict(hidden).outcome is Outcome.PROMOTE
     told = verdict(replace(hidden, slices={"camera": cameras}))
     assert told.outcome is Outcome.REFUSE
-    assert told.reason == "classes and slices that collapsed: camera = new 100.0 % → 66.7 %"
+    assert told.reason.startswith(
+        "classes and slices that collapsed: camera = new 100.0 % → 66.7 %; better on fresh data"
+    )
     with pytest.raises(ValueError, match="slice 'camera' has 3 values, not 400"):
         replace(hidden, slices={"camera": cameras[:3]})
 
@@ -346,7 +369,8 @@ def test_a_class_that_a_lost_champion_always_answers_has_not_collapsed() -> None
     assert found.right[truth == 0].mean() == 0.75
     assert verdict(Pair(lost, found)).outcome is Outcome.PROMOTE
     blind = answers(truth, truth > 0)
-    assert verdict(Pair(lost, blind)).reason == "classes that collapsed: a 100.0 % → 42.9 %"
+    told = verdict(Pair(lost, blind)).reason
+    assert told.startswith("classes that collapsed: a 100.0 % → 42.9 %; better on fresh data")
 
 
 def test_a_slice_of_few_samples_is_no_proof() -> None:
@@ -416,7 +440,9 @@ def test_what_comes_back_from_the_registry_is_judged_too(serving: Serving, faile
     given = judge(pair(100, 20), pair(300), settings, classes=CLASSES, serving=serving)
     assert given.outcome == ("refuse" if failed else "promote")
     assert given.reason.startswith(failed or "fresh hold-out")
-    assert [c.words for c in given.criteria if not c.passed] == ([given.reason] if failed else [])
+    assert [c.words for c in given.criteria[1:] if not c.passed] == (
+        [given.reason.partition("; better on fresh data")[0]] if failed else []
+    )
     assert len(given.criteria) == 6
 
 

@@ -32,6 +32,7 @@ from sft.models import (
     load,
     read_config,
     read_state_dict,
+    require_known,
     save,
     widen,
 )
@@ -470,6 +471,10 @@ def test_a_misspelt_architecture_is_told_its_neighbours(architecture: str, hint:
     """The message offers the nearest names."""
     with pytest.raises(ModelError, match=rf"unknown architecture .*did you mean .*\b{hint}\b"):
         build(configuration(architecture))
+    with pytest.raises(ModelError, match=rf"did you mean .*\b{hint}\b"):
+        require_known(architecture)
+    for known in (hint, FACTORY):
+        require_known(known)
 
 
 def test_an_unknown_architecture_without_neighbours_says_what_there_is() -> None:

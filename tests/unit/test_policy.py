@@ -25,6 +25,8 @@ from monitoring.policy import (
     decide_rollback,
     describe,
     on_probation,
+    reference_needed,
+    smallest_fall,
 )
 from monitoring.probation import Comparison, compare_pairs, count_pairs, paired_e_value
 from monitoring.triggers import Measure, measures, parse_trigger, rank_of
@@ -767,3 +769,28 @@ def test_decisions_are_in_order_of_weight() -> None:
     """The flow names the weightiest of several by this order."""
     assert list(Action) == ["none", "watch", "ask_for_labels", "retrain", "rollback"]
     assert Decision(Action.NONE, "r") == Decision(Action.NONE, "r", suppressed=None, saved="")
+
+
+@pytest.mark.parametrize(("reference", "n"), [(0.8, 40), (0.8, 123), (0.95, 250), (0.6, 2000)])
+def test_the_smallest_fall_that_labels_can_show(reference: float, n: int) -> None:
+    """Half a point more is damage to `decide`, and half a point less is not."""
+    least = smallest_fall(reference, n)
+    normal = 1.96 * (reference * (1 - reference) / n) ** 0.5  # of the reference alone
+    assert abs(least - normal) < 0.1 * normal + 1 / n
+    settings = replace(SETTINGS, min_drop=0.01)
+    for more, shown in ((0.005, True), (-0.005, False)):
+        settled = reference - least - more
+        evidence = replace(
+            QUIET, reference=reference, estimated=reference, estimated_high=reference,
+            reference_n=n, settled=settled, settled_n=100_000, settled_high=settled + 0.001,
+        )  # fmt: skip
+        reason = decide(evidence, LABELS, NOTHING, NOW, settings).reason
+        assert ("accuracy on 100000 labels of it is" in reason) == shown, reason
+
+
+def test_a_reference_that_suffices_for_a_fall() -> None:
+    """With so many labels it can be shown, with a tenth fewer not."""
+    for reference, drop in ((0.8, 0.05), (0.95, 0.02)):
+        n = reference_needed(reference, drop)
+        assert smallest_fall(reference, n) <= drop < smallest_fall(reference, int(0.85 * n))
+    assert smallest_fall(0.0, 100) == 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from flows import backtest
 from monitoring.replay import Replayed, Retraining, Served, frontier, oracle
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -27,6 +30,21 @@ def served(*right: int | None, samples: int = 100) -> tuple[Served, ...]:
 def replayed(*batches: Served, retrainings: int = 0) -> Replayed:
     made = Retraining(BEGIN, "b0", 2, "w", "", "", True, 0)
     return Replayed("p", "", batches, (made,) * retrainings, (), 0, 0, 1.0)
+
+
+def test_of_many_policies_one_is_told_of_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 that take a second each the 5th, the 10th and so on, and of 40 each."""
+    for total, numbers in ((100, range(5, 101, 5)), (40, range(1, 41))):
+        clock = itertools.count()
+        monkeypatch.setattr(backtest, "monotonic", lambda clock=clock: float(next(clock)))
+        console = Console(file=io.StringIO(), width=80)
+        progress = backtest.Progress(console, total)
+        for _ in range(total):
+            progress.tell(replayed(*served(90, 70)))
+        assert isinstance(console.file, io.StringIO)
+        assert console.file.getvalue().splitlines() == [
+            f"replayed {n} of {total} policies after {n} s: p: accuracy 0.800" for n in numbers
+        ]
 
 
 def brute_force(errors: np.ndarray, ready: list[int], cost: float) -> float:
