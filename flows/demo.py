@@ -295,10 +295,10 @@ def _scores(registry: Registry, tests: dict[str, Digits]) -> dict[int, dict[str,
 def _close(
     console: Console, registry: Registry, path: Path, scores: dict[int, dict[str, float]]
 ) -> None:
-    from flows.cli import show_versions
+    from flows.show import show_versions
 
     console.print()
-    show_versions(registry)
+    show_versions(console, registry)
     table = Table(
         title="accuracy on digits that neither training nor gate ever saw", title_justify="left"
     )
