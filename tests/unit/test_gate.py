@@ -349,6 +349,16 @@ def test_a_class_that_a_lost_champion_always_answers_has_not_collapsed() -> None
     assert verdict(Pair(lost, blind)).reason == "classes that collapsed: a 100.0 % → 42.9 %"
 
 
+@pytest.mark.parametrize(("right", "collapsed"), [(70, False), (60, True)])
+def test_a_class_collapses_where_it_lies_far_below_the_others(right: int, collapsed: bool) -> None:
+    """It fell by 30 or 40 points from 100 either way; 10 below the mean are few, 18 are too many."""
+    truth, place = np.repeat(np.arange(4), 100), np.arange(400) % 100
+    lost = answers(truth, truth == 0)
+    found = answers(truth, np.where(truth == 0, place < right, place < 84))
+    words = verdict(Pair(lost, found), pair(300, labels=[1] * 300)).criteria[2].words
+    assert words.startswith("classes that collapsed: a 100.0" if collapsed else "none of 4 classes")
+
+
 def test_a_slice_of_few_samples_is_no_proof() -> None:
     """Thirty slices of four samples each may lose all of one by chance."""
     sites = [f"site {i // 4}" if i < 120 else None for i in range(400)]

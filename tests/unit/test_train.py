@@ -123,6 +123,15 @@ def test_batch_norm_statistics_move_only_when_told() -> None:
     assert statistics <= free
 
 
+def test_a_corrected_momentum_is_told() -> None:
+    """Statistics that could not follow within the steps are made to, and the notes say so."""
+    start = network(batch_norm=True)
+    start.body[1].momentum = 0.01
+    (note,) = fine_tune(start, pictures(), settings(freeze_batch_norm=False)).notes
+    assert note.startswith("1 batch-norm layers had a momentum of 0.01, which after 6 steps")
+    assert fine_tune(start, pictures(), settings()).notes == ()
+
+
 def test_batch_norm_learns_from_no_single_sample() -> None:
     """Batches of one are refused by name; old samples beside it, or frozen statistics, help."""
     start = network(batch_norm=True)
