@@ -207,8 +207,8 @@ def fine_tune(
     Raises:
         TrainingError: an ensemble, no samples, a single class, labels outside the classes, a
             strategy that the network has no layers for, batch norm that would learn statistics from
-            parts of a batch or from one sample, or a loss that is not finite before any epoch has ended (later,
-            training stops and the best weights are kept).
+            parts of a batch or from one sample, or a loss that is not finite before any epoch has
+            ended (later, training stops and the best weights are kept).
     """
     if start.config.members > 1:
         raise TrainingError("an ensemble's members are tuned one by one: call sft.after.tune")

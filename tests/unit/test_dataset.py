@@ -149,7 +149,7 @@ def test_a_share_near_one_still_learns() -> None:
 
 @pytest.mark.parametrize(("size", "share"), [(1, 0.5), (2, 0.2), (4, 0.1)])
 def test_a_small_share_still_rehearses(size: int, share: float) -> None:
-    """At least one sample of a batch is old, where the share of the batch is less than half a one."""
+    """A sample of each batch is old, where its share of the batch is less than half a one."""
     given = one_pass(pictures(4), pictures(9, first=100), batch_size=size, rehearsal=share)
     assert {int((labels >= 100).sum()) for _, labels in given} == {1}
     none = one_pass(pictures(4), pictures(9, first=100), batch_size=size, rehearsal=0.0)

@@ -351,7 +351,7 @@ def test_a_class_that_a_lost_champion_always_answers_has_not_collapsed() -> None
 
 @pytest.mark.parametrize(("right", "collapsed"), [(70, False), (60, True)])
 def test_a_class_collapses_where_it_lies_far_below_the_others(right: int, collapsed: bool) -> None:
-    """It fell by 30 or 40 points from 100 either way; 10 below the mean are few, 18 are too many."""
+    """From 100 % it fell by 30 or 40 points; 10 below the mean are few, 18 are too many."""
     truth, place = np.repeat(np.arange(4), 100), np.arange(400) % 100
     lost = answers(truth, truth == 0)
     found = answers(truth, np.where(truth == 0, place < right, place < 84))
