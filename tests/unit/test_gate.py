@@ -271,6 +271,8 @@ def test_a_bootstrap_without_spread_counts_signs() -> None:
     assert bootstrap(np.full(5, 0.3)) == 1 / 32
     assert bootstrap(np.zeros(50)) == 1
     assert bootstrap(np.empty(0)) == 1
+    # of four gains that differ little a third of the resamples have no spread: no evidence at all
+    assert bootstrap(np.array([0.5, 0.5, 0.5, 0.4])) > 0.3
 
 
 def test_scores_of_right_and_wrong_are_judged_by_mcnemar_and_others_by_the_bootstrap() -> None:
@@ -335,6 +337,9 @@ def test_a_slice_that_collapses_is_named() -> None:
     told = verdict(replace(hidden, slices={"camera": cameras}))
     assert told.outcome is Outcome.REFUSE
     assert told.reason == "classes and slices that collapsed: camera = new 100.0 % → 66.7 %"
+    rows = [f"row {i % 30}" if i < 300 else None for i in range(400)]
+    many = replace(hidden, slices={"row": rows})  # 20 of the 30, and those without one are none
+    assert verdict(many).criteria[2].words.startswith("none of 24 classes and slices")
     with pytest.raises(ValueError, match="slice 'camera' has 3 values, not 400"):
         replace(hidden, slices={"camera": cameras[:3]})
 
@@ -382,6 +387,11 @@ def test_a_challenger_that_is_too_sure_of_itself_is_refused() -> None:
     given = verdict(pair(100, 20), Pair(honest, sure))
     assert given.outcome is Outcome.REFUSE
     assert [c.name for c in given.criteria if not c.passed] == ["as well calibrated"]
+    # nor where old data, on which it may be chance, are asked about last
+    by_chance = Pair(confident(20, 15, 0.8), confident(20, 15, 0.85))
+    criterion = verdict(Pair(honest, sure), by_chance).criteria[3]
+    assert not criterion.passed
+    assert criterion.words.count("lower bound") == 2
     assert "old 0.047 → 0.190 (over +0.05, lower bound +0.0" in given.reason
     assert verdict(pair(100, 20), Pair(sure, honest)).outcome is Outcome.PROMOTE
 
@@ -428,6 +438,13 @@ def test_what_comes_back_from_the_registry_is_judged_too(serving: Serving, faile
     assert given.reason.startswith(failed or "fresh hold-out")
     assert [c.words for c in given.criteria if not c.passed] == ([given.reason] if failed else [])
     assert len(given.criteria) == 6
+
+
+def test_without_a_limit_nothing_is_too_large() -> None:
+    """`max_bytes = 0` sets none."""
+    serving = Serving(10**12, 1.0, 0.0)
+    given = judge(pair(100, 20), pair(300), SETTINGS, classes=CLASSES, serving=serving)
+    assert given.outcome is Outcome.PROMOTE
 
 
 def test_answers_to_other_questions_are_refused() -> None:
