@@ -54,6 +54,10 @@ DISTANCE = "drift.distance"
 NEARLY_ALL = 0.9
 BATCHES_OF_REFERENCE = 10
 MAX_PAST = 200
+LATER_WORDS = (
+    "this page was made before labels of the batch were compared with its answers: what they say"
+    " stands in `sustain status` and on the check's run in MLflow, as accuracy.settled"
+)
 """Earlier checks that a report draws."""
 
 
@@ -688,6 +692,7 @@ def _log_report(
         ),
         slices=measured.slices,
         error_words=estimate_track(past.records).words,
+        later_words=LATER_WORDS,
         notes=measured.notes,
         min_drop=settings.policy.min_drop,
     )

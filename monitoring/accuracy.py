@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from monitoring.features import Kind
+from monitoring.features import ROUNDING_ERROR, Kind
 from monitoring.kept import kept_with
 from monitoring.reference import NO_LABEL, Reference, Regime, portions
 
@@ -167,9 +167,11 @@ def _smoothed(successes: float, n: int) -> float:
 
 @dataclass(frozen=True)
 class _Threshold:
-    """Keep what is above `at`, and the share `of_ties` of what is exactly there.
+    """Keep what is above `at`, and the share `of_ties` of what is there but for rounding.
 
-    Softmax in float32 saturates at 1, so ties at the threshold are the rule, not the exception.
+    Softmax in float32 saturates at 1, so ties at the threshold are the rule, not the exception; and
+    a picture that comes again and again, such as a blank page, is in one batch a little above it
+    and in the next a little below.
     """
 
     at: float
@@ -180,12 +182,17 @@ class _Threshold:
         kept = accuracy * len(confidence)
         descending = np.sort(confidence)[::-1]
         at = float(descending[max(0, math.ceil(kept - 1e-9) - 1)])
-        above, ties = float((confidence > at).sum()), float((confidence == at).sum())
+        unsure = cls(at, 0.0)
+        above, ties = float(unsure.keeps(confidence).sum()), float(unsure.ties(confidence).sum())
         return cls(at, min(1.0, max(0.0, (kept - above) / ties)))
+
+    def ties(self, confidence: Floats) -> Mask:
+        """Say which ones only rounding tells from the threshold."""
+        return np.asarray(np.abs(confidence - self.at) <= ROUNDING_ERROR * self.at)
 
     def keeps(self, confidence: Floats) -> Floats:
         """Give 1 for kept, 0 for not, `of_ties` at the threshold."""
-        kept = np.where(confidence > self.at, 1.0, np.where(confidence == self.at, self.of_ties, 0))
+        kept = np.where(self.ties(confidence), self.of_ties, confidence > self.at)
         return np.asarray(kept, dtype=np.float64)
 
 

@@ -42,7 +42,7 @@ from evidently.ui.storage.local.base import DOT_JSON, SNAPSHOTS_DIR_NAME, LocalS
 from monitoring.columns import Columns, summary_columns
 from monitoring.features import Kind
 from monitoring.figures import Past, clip, history, pairs
-from monitoring.policy import ROUNDING, Action, PolicySettings, has_fallen
+from monitoring.policy import MIN_SETTLED, ROUNDING, Action, PolicySettings, has_fallen
 from monitoring.words import p_words
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class Page:
         min_drop: fall in accuracy that counts as damage.
         settled: accuracy on the labels of this batch, if there are any.
         settled_n: how many those are.
+        later_words: where what labels say that come later is told; shown while there are none.
 
     """
 
@@ -120,6 +121,7 @@ class Page:
     min_drop: float = field(default_factory=lambda: PolicySettings().min_drop)
     settled: float | None = None
     settled_n: int = 0
+    later_words: str = ""
 
 
 # --- what goes into Evidently: one metric a question, and one for what stands below
@@ -240,13 +242,8 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
         page = _page(context)
         found = page.estimate
         result = self.result(float(found.value))
-        fell = has_fallen(found.reference, found.value, page.min_drop)
-        change = f"{found.reference:.3f} → {found.value:.3f}"
+        answer, colour = _does_it_hurt(page)
         if not found.believable:
-            answer, colour = (
-                "Probably, by an unknown amount" if fell else "Not known",
-                "warning",
-            )
             trust = (
                 "A model of values tells no confidence, so nothing is estimated. Label some of "
                 "the pictures."
@@ -255,9 +252,6 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
                 "unlike anything in the reference. Label some of them."
             )
         else:
-            answer, colour = (
-                (f"Probably: {change}", "error") if fell else (f"Not shown to: {change}", "success")
-            )
             trust = (
                 "It is made from the model's confidence, and too rosy where a class is new; "
                 "labels decide."
@@ -273,7 +267,7 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
         settled = (
             f"On {page.settled_n} labels of this batch it is {page.settled:.3f}."
             if page.settled is not None
-            else ""
+            else _sentence(page.later_words)
         )
         result.widget = [
             _card(
@@ -410,6 +404,21 @@ class SlicesThatRangCalculation(SingleValueCalculation[SlicesThatRang]):  # type
     def display_name(self) -> str:
         """Name the metric."""
         return "Slices that rang"
+
+
+def _does_it_hurt(page: Page) -> tuple[str, str]:
+    """Answer the second question, with its card's colour: by labels if enough came, else guess."""
+    found = page.estimate
+    if page.settled is not None and page.settled_n >= MIN_SETTLED:
+        change = f"{found.reference:.3f} → {page.settled:.3f}"
+        if has_fallen(found.reference, page.settled, page.min_drop):
+            return f"By labels yes: {change}", "error"
+        return f"By labels no: {change}", "success"
+    fell = has_fallen(found.reference, found.value, page.min_drop)
+    if not found.believable:
+        return "Probably, by an unknown amount" if fell else "Not known", "warning"
+    change = f"{found.reference:.3f} → {found.value:.3f}"
+    return (f"Probably: {change}", "error") if fell else (f"Not shown to: {change}", "success")
 
 
 def write_report(

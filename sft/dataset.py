@@ -169,8 +169,9 @@ def batches(
 
 
 def parts(memory: LabelledPictures | None, batch_size: int, rehearsal: float) -> tuple[int, int]:
-    """Tell how many samples of a batch are fresh, and how many old."""
-    old = round(batch_size * rehearsal) if memory is not None and len(memory) else 0
+    """Tell how many samples of a batch are fresh, and how many old: one of each at least."""
+    rehearses = rehearsal > 0 and memory is not None and len(memory) > 0
+    old = max(1, round(batch_size * rehearsal)) if rehearses else 0
     return max(1, batch_size - old), old
 
 

@@ -7,12 +7,13 @@ caller names it as allowed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import json
 import zipfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224
 TIMM = "timm/"
+HEAD_NAME = "sustain_head"
+"""Attribute of a factory's network with the name of its head, which copies of it keep."""
+MANY = 6
+"""Layers that are named in an error, the last ones."""
 LARGEST_TRIED = 1024
 """Pictures beyond this are not tried when the least that a network takes is looked for."""
 
@@ -57,6 +62,8 @@ class ModelConfig:
         domains: sets of batch-norm statistics in each body; more than one make a bank, see
             `sft.batchnorm`.
         task: what the outputs mean.
+        made_for: outputs that a factory of the user's was asked for, where its head was replaced
+            since: other layers of its may have as many. 0: as many as there are classes.
     """
 
     architecture: str
@@ -67,6 +74,7 @@ class ModelConfig:
     task: Task = SINGLE_LABEL
     members: int = 1
     domains: int = 1
+    made_for: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a network's configuration."""
@@ -83,6 +91,8 @@ class ModelConfig:
             raise ModelError(
                 f"members and domains are at least 1, got {self.members} and {self.domains}"
             )
+        if self.made_for < 0:
+            raise ModelError(f"made_for must not be negative, got {self.made_for}")
 
 
 class Ensemble(nn.Module):
@@ -98,7 +108,7 @@ class Ensemble(nn.Module):
 
 
 class Network(nn.Module):
-    """A body whose last layer is the head, fed with uint8 pictures.
+    """A body, one of whose layers is the head, fed with uint8 pictures.
 
     `forward` gives logits (n, classes), or what stands for them in another task; `embed` gives what
     the head sees and what the outputs mean, in one pass.
@@ -122,8 +132,8 @@ class Network(nn.Module):
 
     @property
     def head(self) -> nn.Linear | nn.Conv2d:
-        """The last layer, whose outputs are the classes; of an ensemble, the last member's."""
-        return _head(self.body)[1]
+        """The layer whose outputs are the classes; of an ensemble, the last member's."""
+        return _head(self.bodies[-1])[1]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Uint8 pictures (n, C, H, W) to logits (n, classes)."""
@@ -239,6 +249,8 @@ def build(
     """
     network = _built(config, weights, allowed_factories, keep_head=keep_head, seed=seed)
     _refuse_small_pictures(network)
+    if is_factory(config.architecture):
+        _refuse_auxiliary_outputs(network)
     return network
 
 
@@ -270,7 +282,15 @@ def _built(
                     " classes are named: name the classes of the model, in its order"
                 )
             return Network(config, body)
+        config = _with_classes(replace(config, made_for=_outputs(_head(body)[1])), config.classes)
         return Network(config, _with_outputs(body, len(config.classes), anew=True))
+
+
+def _with_classes(config: ModelConfig, classes: tuple[str, ...]) -> ModelConfig:
+    """Give a configuration other classes, and keep what a factory's body was made for."""
+    made_for = (config.made_for or len(config.classes)) if is_factory(config.architecture) else 0
+    made_for = 0 if made_for == len(classes) else made_for
+    return replace(config, classes=classes, made_for=made_for)
 
 
 def widen(network: Network, classes: Sequence[str], *, seed: int = 0) -> Network:
@@ -287,7 +307,7 @@ def widen(network: Network, classes: Sequence[str], *, seed: int = 0) -> Network
         )
     if missing := [name for name in old if name not in classes]:
         raise ModelError(f"a widened head keeps every old class; missing: {missing}")
-    config = replace(network.config, classes=(*old, *(c for c in classes if c not in old)))
+    config = _with_classes(network.config, (*old, *(c for c in classes if c not in old)))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         bodies = [_widened(body, len(old), len(config.classes)) for body in _copy(network).bodies]
@@ -331,6 +351,7 @@ def read_config(folder: Path) -> ModelConfig:
             std=tuple(float(value) for value in raw["std"]),
             members=int(raw.get("members", 1)),  # versions from before ensembles and banks lack it
             domains=int(raw.get("domains", 1)),
+            made_for=int(raw.get("made_for", 0)),
             task=from_json(raw.get("task")),
         )
     except (
@@ -457,7 +478,7 @@ def _empty(config: ModelConfig, allowed_factories: Collection[str]) -> nn.Module
     """Build what a configuration describes, members and domains too, to be filled with weights."""
     outputs = len(config.classes)
     bodies = [
-        _with_outputs(_body(config, outputs, None, allowed_factories), outputs)
+        _with_outputs(_body(config, config.made_for or outputs, None, allowed_factories), outputs)
         for _ in range(config.members)
     ]
     if config.domains > 1:
@@ -484,7 +505,8 @@ def _body(
     if is_factory(name):
         if weights is not None:
             raise ModelError(f"{name} is your own factory: give its weights as a file, not by name")
-        return _call_factory(name, outputs or len(config.classes), allowed_factories)
+        body = _call_factory(name, outputs or len(config.classes), allowed_factories)
+        return _with_named_head(_without_auxiliaries(body), config)
     if name in BUILT_IN:
         if weights is not None:
             raise ModelError(f"{name} has no published weights ({weights!r}): leave weights empty")
@@ -534,10 +556,18 @@ def _as_loaded(body: nn.Module) -> nn.Module:
     # it: left alone, the network would answer otherwise once it was saved and loaded
     if hasattr(body, "transform_input"):
         setattr(body, "transform_input", True)  # noqa: B010 - as below
-    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's training heads
-        if getattr(body, auxiliary, None) is not None:
-            setattr(body, auxiliary, None)
-            setattr(body, "aux_logits", False)  # noqa: B010 - torch types every attribute as a module
+    return _without_auxiliaries(body)
+
+
+def _without_auxiliaries(body: nn.Module) -> nn.Module:
+    """Take GoogLeNet's and Inception's training heads off."""
+    from torchvision import models
+
+    if isinstance(body, models.GoogLeNet | models.Inception3):
+        for auxiliary in ("aux1", "aux2", "AuxLogits"):
+            if getattr(body, auxiliary, None) is not None:
+                setattr(body, auxiliary, None)
+        setattr(body, "aux_logits", False)  # noqa: B010 - torch types every attribute as a module
     return body
 
 
@@ -635,22 +665,44 @@ def _refuse_small_pictures(network: Network) -> None:
     ) from error
 
 
+def _refuse_auxiliary_outputs(network: Network) -> None:
+    """Pass the shape of two pictures through a network in training mode."""
+    size, channels = network.config.preprocessing.image_size, network.config.preprocessing.channels
+    answers: object = torch.empty(0)
+    with evaluating(network), torch.no_grad(), contextlib.suppress(Exception):
+        network.train()  # what a layer cannot tell by shapes alone is left to the training
+        answers = _shape_passed(network, torch.zeros(2, channels, size, size, dtype=torch.uint8))
+    if not isinstance(answers, Tensor):
+        raise ModelError(
+            f"{network.config.architecture} answers with {_what(answers)} while it is trained: let"
+            " it return one tensor (pictures, classes) then too, without auxiliary outputs"
+        )
+
+
 def _fails(network: Network, size: int) -> Exception | None:
-    """Pass one picture through; first its shape alone, since a network may compute for long."""
-    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    """Pass one picture through."""
     shape = (1, network.config.preprocessing.channels, size, size)
     with evaluating(network), torch.no_grad():
         try:
-            given = torch.zeros(shape, dtype=torch.uint8, device="meta")
-            shapes = {key: value.to("meta") for key, value in state.items()}
-            # with ties, a layer that occurs twice would not get its own weights back
-            functional_call(network, shapes, (given,), tie_weights=False)
-        except Exception:  # noqa: BLE001 - also where a layer looks at numbers, not only at shapes
-            try:
-                network(torch.zeros(shape, dtype=torch.uint8))
-            except Exception as error:  # noqa: BLE001 - torch has no kind of error for shapes
-                return error
+            _passed(network, torch.zeros(shape, dtype=torch.uint8))
+        except Exception as error:  # noqa: BLE001 - torch has no kind of error for shapes
+            return error
     return None
+
+
+def _passed(module: nn.Module, given: Tensor) -> Any:
+    """Pass a tensor through; first its shape alone, since a network may compute for long."""
+    try:
+        return _shape_passed(module, given)
+    except Exception:  # noqa: BLE001 - also where a layer looks at numbers, not only at shapes
+        return module(given)
+
+
+def _shape_passed(module: nn.Module, given: Tensor) -> Any:
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shapes = {key: value.to("meta") for key, value in state.items()}
+    # with ties, a layer that occurs twice would not get its own weights back
+    return functional_call(module, shapes, (given.to("meta"),), tie_weights=False)
 
 
 def _call_factory(name: str, outputs: int, allowed: Collection[str]) -> nn.Module:
@@ -672,15 +724,100 @@ def _call_factory(name: str, outputs: int, allowed: Collection[str]) -> nn.Modul
 
 
 def _head(body: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Find the last linear layer or convolution: the head of every torchvision classifier."""
-    layers = [
-        (name, module)
+    """Give the layer that was found to be the head, or the last one, as in all of torchvision's."""
+    layers = _layers(body)
+    name = getattr(body, HEAD_NAME, None) or list(layers)[-1]
+    return name, layers[name]
+
+
+def _layers(body: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Give the linear layers and convolutions, in the order in which they were registered."""
+    layers = {
+        name: module
         for name, module in body.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
+    }
     if not layers:
         raise ModelError(f"{type(body).__name__} has no linear layer that could be its head")
-    return layers[-1]
+    return layers
+
+
+def _with_named_head(body: nn.Module, config: ModelConfig) -> nn.Module:
+    """Note which layer of a network that nobody knows is the head: the one that gives its answers.
+
+    Two empty pictures are passed through. A network that does not take them is left as it is, for
+    the trial of its picture size to tell.
+
+    Raises:
+        ModelError: it does not answer with one tensor (n, outputs), or not by one layer.
+    """
+    name, layers = config.architecture, _layers(body)
+    size = config.preprocessing.image_size
+    given = torch.zeros(2, config.preprocessing.channels, size, size)
+    with evaluating(body), torch.enable_grad(), _cut_open(layers) as outputs:
+        try:
+            answers = _passed(body, given)
+        except Exception:  # noqa: BLE001 - as above
+            return body
+        if not isinstance(answers, Tensor) or answers.ndim != 2:  # noqa: PLR2004 - (n, outputs)
+            raise ModelError(
+                f"{name} answers two pictures with {_what(answers)}: let it return one tensor"
+                " (pictures, classes)"
+            )
+        reached = _reached(answers, outputs)
+    heads = [one for one in reached if _outputs(layers[one]) == answers.shape[1]]
+    if len(heads) != 1:
+        raise ModelError(
+            f"{name} answers by {', '.join(heads) if heads else 'none'} of its linear layers and"
+            f" convolutions ({_few(list(layers))}), and its head must be one of them: let one"
+            f" nn.Linear or nn.Conv2d give the {answers.shape[1]} outputs, with no other after it"
+        )
+    setattr(body, HEAD_NAME, heads[0])
+    return body
+
+
+@contextlib.contextmanager
+def _cut_open(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Collect what layers give, each cut off from what it was made of.
+
+    So the gradient of an answer leads back to those layers only that no other one follows.
+    """
+    outputs: list[tuple[str, Tensor]] = []
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def cut(_layer: nn.Module, _given: Any, output: Tensor, name: str = name) -> Tensor:
+                leaf = output.detach().requires_grad_()
+                outputs.append((name, leaf))
+                return leaf.clone()  # what follows may change it in place
+
+            stack.callback(layer.register_forward_hook(cut).remove)
+        yield outputs
+
+
+def _reached(answers: Tensor, outputs: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """Name the layers whose outputs an answer is made of."""
+    if not answers.requires_grad or not outputs:
+        return []
+    leaves = [leaf for _, leaf in outputs]
+    found = torch.autograd.grad(answers.sum(), leaves, allow_unused=True)
+    return list(
+        dict.fromkeys(
+            name for (name, _), gradient in zip(outputs, found, strict=True) if gradient is not None
+        )
+    )
+
+
+def _what(answers: object) -> str:
+    if isinstance(answers, Tensor):
+        return f"a tensor {tuple(answers.shape)}"
+    return f"a {type(answers).__name__}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= MANY else ["…", *names[-MANY:]])
 
 
 def _outputs(head: nn.Linear | nn.Conv2d) -> int:

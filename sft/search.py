@@ -79,7 +79,7 @@ class Tried:
     Attributes:
         values: what was set.
         stage: `head` (on cached embeddings) or the strategy itself (on pictures).
-        fresh, old: mean loss on the folds left out; NaN where there is no old sample.
+        fresh, old: mean loss on the folds left out that hold such samples; NaN where none does.
         error: standard error of the mean of both losses over the folds; NaN below two folds.
         folds: how many were run; fewer than asked for when others were clearly better.
     """
@@ -275,9 +275,9 @@ class _Race:
         rows = []
         for values, losses in zip(self.candidates, self.losses, strict=True):
             if losses:
-                fresh, old = np.mean(losses, axis=0)
+                fresh, old = map(_mean_of_known, zip(*losses, strict=True))
                 error = _standard_error([_both(*pair) for pair in losses])
-                rows.append(Tried(values, stage, float(fresh), float(old), error, len(losses)))
+                rows.append(Tried(values, stage, fresh, old, error, len(losses)))
         return tuple(rows)
 
     def _mean(self, candidate: int, folds: int | None = None) -> float:
@@ -396,6 +396,11 @@ def _loss(network: Network, data: LabelledPictures | None) -> float:
 
 def _both(fresh: float, old: float) -> float:
     return fresh if math.isnan(old) else (fresh + old) / 2
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _standard_error(values: Sequence[float]) -> float:

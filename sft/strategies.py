@@ -129,8 +129,8 @@ def stages(network: Network) -> tuple[Stage, ...]:
     before it, dropout the one after it. Containers are opened until the head stands alone and at
     least `LEAST_BLOCKS` blocks lie before it, where there are as many; residual blocks are never
     cut. Parameters that lie on an opened container itself (a class token, position embeddings)
-    belong to the first stage. The order is that in which the modules were registered: in every
-    torchvision classifier the order in which they run.
+    belong to the first stage. The order is that in which the modules were registered, but for the
+    head: in every torchvision classifier the order in which they run.
     """
     units = _units(network)
     owners: list[list[str]] = []
@@ -148,6 +148,9 @@ def stages(network: Network) -> tuple[Stage, ...]:
             owners[-1] += [*waiting, unit]
             waiting = []
     owners[-1] += waiting
+    place = opened.index(_head_name(network))
+    owners.append(owners.pop(place))  # a network of the user's may register others after its head
+    opened.append(opened.pop(place))
     merged = _merge_bare_start(network, owners, opened)
     names = [name for name, _ in network.named_parameters()]
     found = [frozenset(n for n in names if _within(n, modules)) for modules, _ in merged]
@@ -325,13 +328,12 @@ def correct_momentum(network: nn.Module, steps: int) -> str:
 def _units(network: Network) -> list[str]:
     """Open the body until the head stands alone and enough blocks lie before it."""
     modules = dict(network.named_modules())
-    last = network.head
-    head = next(name for name, module in modules.items() if module is last)
+    head = _head_name(network)
     units = ["body"]
     while (holder := next((u for u in units if head.startswith(f"{u}.")), None)) is not None:
         units = _opened(modules, units, holder)
     while True:
-        before = units[: units.index(head)]
+        before = [unit for unit in units if unit != head]
         closed = [unit for unit in before if _is_trunk(modules[unit])]
         lists = [unit for unit in closed if isinstance(modules[unit], nn.ModuleList)]  # never run
         blocks = sum(_layers(modules[unit]) > 1 for unit in before)
@@ -339,6 +341,12 @@ def _units(network: Network) -> list[str]:
             return units
         closed = lists or closed
         units = _opened(modules, units, max(closed, key=lambda unit: _layers(modules[unit])))
+
+
+def _head_name(network: Network) -> str:
+    last = network.head
+    found: str = next(name for name, module in network.named_modules() if module is last)
+    return found
 
 
 def _opened(modules: dict[str, nn.Module], units: list[str], holder: str) -> list[str]:

@@ -207,8 +207,8 @@ def fine_tune(
     Raises:
         TrainingError: an ensemble, no samples, a single class, labels outside the classes, a
             strategy that the network has no layers for, batch norm that would learn statistics from
-            parts of a batch, or a loss that is not finite before any epoch has ended (later,
-            training stops and the best weights are kept).
+            parts of a batch or from one sample, or a loss that is not finite before any epoch has
+            ended (later, training stops and the best weights are kept).
     """
     if start.config.members > 1:
         raise TrainingError("an ensemble's members are tuned one by one: call sft.after.tune")
@@ -241,6 +241,7 @@ def fine_tune(
         team,
         on_batch,
     )
+    _check_batches(job, plan)
     best = _Best(_snapshot(network), settings, validated=bool(validation) and not small)
     history: list[Epoch] = []
     notes = [_too_few(small)] if small else []
@@ -589,6 +590,20 @@ def _check_shared(network: Network, settings: TrainingSettings, team: Team) -> N
             f"batch norm would take its statistics from parts of a batch, since {team.size}"
             " processes share each: leave freeze_batch_norm at true, or set processes to 1"
         )
+
+
+def _check_batches(job: _Job, plan: Sequence[Phase]) -> None:
+    """Refuse batches of one sample where batch norm would take its statistics from them."""
+    settings = job.settings
+    if sum(parts(job.rehearsed, settings.batch_size, settings.rehearsal)) > 1:
+        return
+    for phase in plan:
+        training_mode(job.network, phase, freeze_batch_norm=settings.freeze_batch_norm)
+        if any(isinstance(one, _BatchNorm) and one.training for one in job.network.modules()):
+            raise TrainingError(
+                "batch norm cannot take its statistics from batches of one sample: set batch_size"
+                " to 2 or more, or freeze_batch_norm to true"
+            )
 
 
 def _loss_weights(

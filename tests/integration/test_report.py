@@ -18,13 +18,13 @@ from browser import open_tab
 from evidently.ui.workspace import Workspace
 from PIL import Image
 
-from monitoring.accuracy import estimate_accuracy
+from monitoring.accuracy import Estimate, estimate_accuracy
 from monitoring.detectors import DetectionSettings, detect_drift
 from monitoring.features import FeatureTable
 from monitoring.figures import clip
 from monitoring.policy import Action, Decision
 from monitoring.reference import Reference, Regime
-from monitoring.report import Page, Past, write_report
+from monitoring.report import Page, Past, _does_it_hurt, write_report
 from monitoring.slices import Slice
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -124,6 +124,7 @@ def make_page(
         ),
         error_words=f"off by .02 on 7 settled batches{name}",
         notes=(f"3-channel pictures before, 1-channel now{name}",),
+        later_words=f"labels that come later are told elsewhere{name}",
         at=NOON + timedelta(days=9),
     )
 
@@ -179,6 +180,29 @@ def verdicts(workspace: Path, page: Page) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize(
+    ("settled", "n", "answer"),
+    [
+        (0.70, 40, ("By labels yes: 0.900 → 0.700", "error")),
+        (0.89, 40, ("By labels no: 0.900 → 0.890", "success")),
+        (0.70, 29, ("Not shown to: 0.900 → 0.880", "success")),  # too few labels to decide
+        (None, 0, ("Not shown to: 0.900 → 0.880", "success")),
+    ],
+)
+def test_the_headline_says_what_labels_said(
+    settled: float | None, n: int, answer: tuple[str, str]
+) -> None:
+    """Where enough labels came they answer whether it hurts, and the estimate no longer does."""
+    found = Estimate(0.88, 0.8, 0.95, 0.9, 0.0, believable=True)
+    page = dataclasses.replace(
+        make_page(n=30), estimate=found, settled=settled, settled_n=n, min_drop=0.05
+    )
+    assert _does_it_hurt(page) == answer
+    if n >= 30:
+        doubted = dataclasses.replace(page, estimate=dataclasses.replace(found, believable=False))
+        assert _does_it_hurt(doubted) == answer
+
+
 def test_report_says_what_was_found_in_the_order_of_the_questions(tmp_path: Path) -> None:
     """Our figures, the reason, slices, findings and the alarm's condition are on the page."""
     page = make_page()
@@ -200,6 +224,7 @@ def test_report_says_what_was_found_in_the_order_of_the_questions(tmp_path: Path
         "Evidence 2,310 of the 1,000 needed.",
         "Off by .02 on 7 settled batches.",
         "3-channel pictures before, 1-channel now",
+        "Labels that come later are told elsewhere.",
         "embedding 1 +2.0 sd",
         "Drift in column 'temperature'",
         "Drift in column 'camera'",

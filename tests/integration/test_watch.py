@@ -55,6 +55,8 @@ def test_a_check_is_on_record_in_mlflow_and_prefect(small_world: Callable[[str],
     shown = str(found[0].data)
     assert registry.run_url(check.run_id, artifact="report.html") in shown
     assert check.reason in shown
+    (report,) = Path(registry.client.download_artifacts(check.run_id, "")).glob("report.html")
+    assert "as accuracy.settled" in report.read_text()
 
 
 def test_a_batch_that_cannot_be_read_is_tried_again_when_it_changes(

@@ -116,6 +116,32 @@ def test_saturated_confidence_is_calibrated_too(world: World) -> None:
     assert estimate.value == pytest.approx(reference.accuracy)
 
 
+def test_rounding_does_not_move_a_picture_that_recurs_over_the_threshold(world: World) -> None:
+    """A fifth of all rows is one and the same picture, at the threshold; its last bits differ."""
+    features = world.features.take(range(500))
+    right = world.features.predicted[:500] == world.labels[:500]
+    order = np.argsort(-world.features.confidence[:500])
+    place = int(right.sum()) - 1
+    rows, one = order[place - 50 : place + 50], order[place]
+    features.embedding[rows], features.probabilities[rows] = (
+        features.embedding[one],
+        features.probabilities[one],
+    )
+    labels = np.where(right, features.predicted, (features.predicted + 1) % 10)
+    reference = Reference((Regime("r", features, labels),), CLASSES)
+    assert reference.accuracy == pytest.approx(right.mean())
+
+    def estimate(off: float) -> float:
+        batch = features.take(range(500))
+        batch.probabilities[rows] *= np.float32(1 + off)
+        return estimate_accuracy(reference, batch).value
+
+    assert estimate(0.0) == pytest.approx(right.mean())
+    assert [estimate(-1e-5), estimate(1e-5)] == pytest.approx([estimate(0.0)] * 2, abs=1e-9)
+    assert estimate(-1e-3) < estimate(0.0) - 0.05
+    assert estimate(1e-3) > estimate(0.0) + 0.05
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_perfect_and_hopeless_models(world: World, right: bool) -> None:
     """Accuracies of one and zero are estimated without a crash, with an interval."""

@@ -147,6 +147,15 @@ def test_a_share_near_one_still_learns() -> None:
     assert [int((labels < 100).sum()) for _, labels in given] == [1, 1, 1]
 
 
+@pytest.mark.parametrize(("size", "share"), [(1, 0.5), (2, 0.2), (4, 0.1)])
+def test_a_small_share_still_rehearses(size: int, share: float) -> None:
+    """A sample of each batch is old, where its share of the batch is less than half a one."""
+    given = one_pass(pictures(4), pictures(9, first=100), batch_size=size, rehearsal=share)
+    assert {int((labels >= 100).sum()) for _, labels in given} == {1}
+    none = one_pass(pictures(4), pictures(9, first=100), batch_size=size, rehearsal=0.0)
+    assert all((labels < 100).all() for _, labels in none)
+
+
 def test_a_last_batch_of_one_joins_the_one_before() -> None:
     """Batch norm cannot learn from a single sample, so no batch has one."""
     data = LabelledPictures(

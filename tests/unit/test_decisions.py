@@ -15,6 +15,7 @@ from flows.check import POOLED, Past, that_rang
 from flows.decisions import (
     POOLED_LABELS,
     Decider,
+    attempt,
     before_alarm,
     gather_history,
     rang_and_settled,
@@ -24,7 +25,7 @@ from flows.fresh import FreshSet
 from flows.records import CheckKey, CheckRecord, Version
 from flows.registry import Registry
 from flows.settings import load_settings
-from monitoring.policy import Evidence, FreshFrom, History
+from monitoring.policy import Action, Evidence, FreshFrom, History
 from monitoring.sequential import StreamEvidence
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -131,6 +132,69 @@ def test_an_alarm_may_call_for_labels_of_its_own(
     decider = Decider(replace(settings, policy=policy), fresh, History(), NOW, quiet)
     evidence = Evidence("b", alarm, p_value=0.1, alpha=0.01, estimated=0.7, reference=0.9)
     assert words in decider.decide(evidence).reason
+
+
+def decider_of(folder: Path, n: int, now: datetime = NOW) -> Decider:
+    """Make one that has so many fresh labels of the 60 that it retrains by."""
+    path = folder / "sustain.toml"
+    path.write_text('[model]\nname = "m"\n[policy]\nmin_labels = 60\n[gate]\nmin_fresh = 1\n')
+    ids = [f"a/{number}.png" for number in range(n)]
+    table = pd.DataFrame({"sample_id": ids, "label": [str(number % 2) for number in range(n)]})
+    return Decider(load_settings(path, environ={}), FreshSet(table), History(), now)
+
+
+def decided(batch: str, action: Action, *, alarm: bool, fell: bool, **tags: str) -> CheckRecord:
+    """Put on record a check with its decision."""
+    accuracy = {"estimated": 0.7 if fell else 0.9, "reference": 0.9, "novelty": 0.0}
+    record = checked(batch, alarm=alarm, believable=1.0, **accuracy)
+    metrics = {**record.metrics, "drift.alpha": 0.01}
+    return replace(record, metrics=metrics, tags={"sustain.action": action.value, **tags})
+
+
+def test_which_check_stands(tmp_path: Path) -> None:
+    """The newest that calls for a retraining, else the newest whose decision is another now."""
+    few, many = decider_of(tmp_path, 10), decider_of(tmp_path, 120)
+    told = {"sustain.fresh": few.name}
+    ask, watch, none = Action.ASK_FOR_LABELS, Action.WATCH, Action.NONE
+    fell = decided("a", ask, alarm=True, fell=True, **told)
+    held = decided("b", watch, alarm=True, fell=False, **told)
+    quiet = decided("c", none, alarm=False, fell=False, **told)
+    assert [few.on_record(one).action for one in (fell, held, quiet)] == [ask, watch, none]
+    assert few.standing([]) is None
+    assert few.standing([fell, held, quiet]) is None  # it stands as it was told
+    stale = replace(fell, tags={**fell.tags, "sustain.fresh": "of other labels"})
+    assert few.standing([stale, held, quiet]) is stale
+    other = replace(fell, tags={**fell.tags, "sustain.action": watch.value})
+    assert few.standing([other, held, quiet]) is other
+    assert many.standing([fell, held, quiet]) is fell
+    assert many.on_record(fell).action is Action.RETRAIN
+    # what was asked for at a quiet check, and is not any more, is told; what was watched is not
+    assert few.standing([replace(quiet, tags={"sustain.action": ask.value})]) is not None
+    assert few.standing([replace(quiet, tags={"sustain.action": watch.value})]) is None
+
+
+def test_labels_are_asked_for_once(tmp_path: Path) -> None:
+    """By the newest alarm that asks, and not again once the list for these labels is written."""
+    decider = decider_of(tmp_path, 10)
+    first, second = (
+        decided(name, Action.ASK_FOR_LABELS, alarm=True, fell=True, **{"sustain.requested": by})
+        for name, by in (("a", decider.name), ("b", ""))
+    )
+    quiet = replace(second, metrics={**second.metrics, "drift.alarm": 0.0})
+    assert decider.asking([first, second, quiet]) is second
+    assert decider.asking([second, first]) is None
+    assert decider.asking([quiet]) is None
+
+
+def test_labels_that_a_retraining_refused_are_asked_for_anew(tmp_path: Path) -> None:
+    """They call for no retraining again; what calls for none stays as it is."""
+    decider = decider_of(tmp_path, 120)
+    refused = replace(decider, refused=frozenset({attempt(decider.fresh, decider.settings)}))
+    fell = decided("a", Action.WATCH, alarm=True, fell=True)
+    assert decider.on_record(fell).action is Action.RETRAIN
+    assert refused.on_record(fell).action is Action.ASK_FOR_LABELS
+    held = decided("b", Action.WATCH, alarm=True, fell=False)
+    assert refused.on_record(held) == decider.on_record(held)
 
 
 def test_what_was_rolled_back_is_not_made_again_from_further_back(tmp_path: Path) -> None:

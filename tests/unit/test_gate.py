@@ -292,6 +292,8 @@ def test_a_bootstrap_without_spread_counts_signs() -> None:
     assert bootstrap(np.full(5, 0.3)) == 1 / 32
     assert bootstrap(np.zeros(50)) == 1
     assert bootstrap(np.empty(0)) == 1
+    # of four gains that differ little a third of the resamples have no spread: no evidence at all
+    assert bootstrap(np.array([0.5, 0.5, 0.5, 0.4])) > 0.3
 
 
 def test_scores_of_right_and_wrong_are_judged_by_mcnemar_and_others_by_the_bootstrap() -> None:
@@ -358,6 +360,9 @@ def test_a_slice_that_collapses_is_named() -> None:
     assert told.reason.startswith(
         "classes and slices that collapsed: camera = new 100.0 % → 66.7 %; better on fresh data"
     )
+    rows = [f"row {i % 30}" if i < 300 else None for i in range(400)]
+    many = replace(hidden, slices={"row": rows})  # 20 of the 30, and those without one are none
+    assert verdict(many).criteria[2].words.startswith("none of 24 classes and slices")
     with pytest.raises(ValueError, match="slice 'camera' has 3 values, not 400"):
         replace(hidden, slices={"camera": cameras[:3]})
 
@@ -371,6 +376,16 @@ def test_a_class_that_a_lost_champion_always_answers_has_not_collapsed() -> None
     blind = answers(truth, truth > 0)
     told = verdict(Pair(lost, blind)).reason
     assert told.startswith("classes that collapsed: a 100.0 % → 42.9 %; better on fresh data")
+
+
+@pytest.mark.parametrize(("right", "collapsed"), [(70, False), (60, True)])
+def test_a_class_collapses_where_it_lies_far_below_the_others(right: int, collapsed: bool) -> None:
+    """From 100 % it fell by 30 or 40 points; 10 below the mean are few, 18 are too many."""
+    truth, place = np.repeat(np.arange(4), 100), np.arange(400) % 100
+    lost = answers(truth, truth == 0)
+    found = answers(truth, np.where(truth == 0, place < right, place < 84))
+    words = verdict(Pair(lost, found), pair(300, labels=[1] * 300)).criteria[2].words
+    assert words.startswith("classes that collapsed: a 100.0" if collapsed else "none of 4 classes")
 
 
 def test_a_slice_of_few_samples_is_no_proof() -> None:
@@ -396,6 +411,11 @@ def test_a_challenger_that_is_too_sure_of_itself_is_refused() -> None:
     given = verdict(pair(100, 20), Pair(honest, sure))
     assert given.outcome is Outcome.REFUSE
     assert [c.name for c in given.criteria if not c.passed] == ["as well calibrated"]
+    # nor where old data, on which it may be chance, are asked about last
+    by_chance = Pair(confident(20, 15, 0.8), confident(20, 15, 0.85))
+    criterion = verdict(Pair(honest, sure), by_chance).criteria[3]
+    assert not criterion.passed
+    assert criterion.words.count("lower bound") == 2
     assert "old 0.047 → 0.190 (over +0.05, lower bound +0.0" in given.reason
     assert verdict(pair(100, 20), Pair(sure, honest)).outcome is Outcome.PROMOTE
 
@@ -444,6 +464,13 @@ def test_what_comes_back_from_the_registry_is_judged_too(serving: Serving, faile
         [given.reason.partition("; better on fresh data")[0]] if failed else []
     )
     assert len(given.criteria) == 6
+
+
+def test_without_a_limit_nothing_is_too_large() -> None:
+    """`max_bytes = 0` sets none."""
+    serving = Serving(10**12, 1.0, 0.0)
+    given = judge(pair(100, 20), pair(300), SETTINGS, classes=CLASSES, serving=serving)
+    assert given.outcome is Outcome.PROMOTE
 
 
 def test_answers_to_other_questions_are_refused() -> None:

@@ -18,7 +18,7 @@ from scipy import stats
 from flows.labels import read_label_file
 from flows.storage import FeedError
 from monitoring.features import FeatureTable
-from monitoring.labelling import Request, choose, read_id, write_requests
+from monitoring.labelling import Request, _spread, choose, read_id, write_requests
 from monitoring.reference import Reference, Regime
 
 CLASSES = ("dog", "elephant", "giraffe")
@@ -65,6 +65,20 @@ def test_one_sample_of_each_cluster_is_chosen_to_learn_from() -> None:
     asked = choose(reference(), [batch], 10, holdout=held_out)
     where = dict(zip(batch.sample_ids, of.tolist(), strict=True))
     assert sorted(where[name] for name in ids(asked, held=False)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_is_chosen_lies_in_the_middle_of_its_cluster() -> None:
+    """Of points on a line the mean one, wherever it stands; it speaks for all others."""
+    points = np.array([[3.0], [0.0], [1.0], [2.0], [-1.0]])
+    assert _spread(points, np.ones(5), np.empty((0, 1)), 1, seed=0) == [(2, 4)]
+
+
+def test_of_a_sample_that_comes_twice_the_first_one_counts() -> None:
+    """A batch that was checked twice is asked about once, with its first answers."""
+    first, _ = clusters()
+    again = replace(first, probabilities=first.probabilities[:, ::-1].copy())
+    once = choose(reference(), [first], 10, holdout=held_out)
+    assert choose(reference(), [first, again], 10, holdout=held_out) == once
 
 
 def test_a_cluster_with_a_label_gives_way_to_one_without() -> None:
@@ -254,7 +268,9 @@ def test_a_list_that_is_filled_in_is_left_alone(tmp_path: Path) -> None:
     write_requests(tmp_path, asked[:1], {})
     assert len(rows_of(path)) == 2
     fill_in(path, ["dog"])
-    for text in (path.read_text("utf-8-sig"), path.read_text("utf-8-sig").replace(",", ";"), ""):
+    written = path.read_text("utf-8-sig")
+    of_another = written.replace("sample_id", "picture").replace("dog", "")  # with no label yet
+    for text in (written, written.replace(",", ";"), of_another, ""):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"label_requests\.csv has been filled in"):
             write_requests(tmp_path, asked, {})

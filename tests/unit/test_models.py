@@ -21,6 +21,7 @@ from torch.nn.modules import activation
 from torchvision.models import WeightsEnum
 
 from sft import models
+from sft.cache import ActivationCache
 from sft.dataset import LabelledPictures
 from sft.models import (
     IMAGENET_MEAN,
@@ -540,6 +541,120 @@ def factories(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     module.headless = lambda num_classes: nn.Dropout(1 / num_classes)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
+
+
+class Odd(nn.Module):
+    """A classifier whose head is not its last layer, in one of several ways."""
+
+    def __init__(self, num_classes: int, way: str) -> None:
+        super().__init__()
+        self.way = way
+        if way == "first":
+            self.fc = nn.Linear(4, num_classes)
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.drop = nn.Dropout(0.5)
+        if way == "convolution":
+            self.fc = nn.Conv2d(4, num_classes, 1)
+        elif way != "first":
+            self.fc = nn.Linear(4, num_classes)
+        self.projection = nn.Linear(4, 8)
+        self.aux = nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> object:
+        x = self.drop(self.trunk(x))
+        aux = self.aux(x.mean((2, 3)))
+        if self.way == "convolution":
+            return self.fc(x).relu_().mean((2, 3))
+        if self.way == "maps":
+            return self.fc(x.movedim(1, 3))
+        out = self.fc(x.mean((2, 3)))
+        if self.way == "two":
+            return (out + aux) / 2
+        if self.way == "functional":
+            return nn.functional.linear(x.mean((2, 3)), self.fc.weight)
+        if self.way == "tuple" or (self.way == "training" and self.training):
+            return out, aux
+        return out.log_softmax(1)
+
+
+def make_odd(monkeypatch: pytest.MonkeyPatch, way: str) -> str:
+    module = types.ModuleType("odd_factories")
+    module.make = lambda num_classes: Odd(num_classes, way)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return "odd_factories:make"
+
+
+@pytest.mark.parametrize("way", ["first", "middle", "convolution"])
+@pytest.mark.filterwarnings("ignore:.*suspicious")
+def test_the_head_is_the_layer_that_answers(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An auxiliary layer after it is no head: what answers is replaced, tuned, widened and kept."""
+    name = make_odd(monkeypatch, way)
+    start = build(configuration(name, size=4), allowed_factories=[name])
+    assert start.head is start.body.fc
+    assert start.embed(pictures(3, 4))[0].shape == (3, 4)
+    data = LabelledPictures(tuple("abcdef"), pictures(6, 4), torch.arange(6) % 3)
+    for strategy in (Strategy.HEAD, Strategy.TWO_STAGE):
+        settings = TrainingSettings(epochs=2, strategy=strategy, rehearsal=0.5, ewc=1.0)
+        caches = [None, ActivationCache()]
+        cold, cached = (
+            fine_tune(start, data, settings, memory=data, cache=cache).network for cache in caches
+        )
+        torch.testing.assert_close(logits(cached, 4), logits(cold, 4), rtol=1e-4, atol=1e-5)
+        after = cold.state_dict()
+        moved = {key for key, was in start.state_dict().items() if not was.equal(after[key])}
+        assert {"body.fc.weight", "body.fc.bias"} <= moved
+        if strategy == Strategy.HEAD:
+            assert moved == stages(start)[-1].parameters
+    wide = widen(cold, ["cat", "dog", "eel", "fox"])
+    assert logits(wide, 4).shape == (3, 4)
+    torch.testing.assert_close(wide.head.weight[:3], cold.head.weight)
+    save(wide, tmp_path)
+    torch.testing.assert_close(logits(load(tmp_path, allowed_factories=[name]), 4), logits(wide, 4))
+    torch.save(start.body.state_dict(), tmp_path / "three.pt")
+    two = configuration(name, "a", "b", size=4)
+    replaced = build(two, weights=tmp_path / "three.pt", allowed_factories=[name])
+    assert replaced.head.weight.shape[0] == 2
+    assert replaced.body.aux.weight.equal(start.body.aux.weight)
+    save(replaced, tmp_path / "two")
+    again = load(tmp_path / "two", allowed_factories=[name])
+    torch.testing.assert_close(logits(again, 4), logits(replaced, 4))
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("two", r"make answers by aux, fc of its .*\(trunk.0, fc, projection, aux\), and its head"),
+        ("functional", r"answers by none of its linear layers .* let one nn\.Linear or nn\.Conv2d"),
+        ("tuple", r"answers two pictures with a tuple: let it return one tensor"),
+        ("maps", r"answers two pictures with a tensor \(2, 4, 4, 3\)"),
+        ("training", r"answers with a tuple while it is trained: .* without auxiliary outputs"),
+    ],
+)
+def test_a_factory_without_one_head_is_refused(
+    way: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be tuned or widened in vain is told before it is trained."""
+    name = make_odd(monkeypatch, way)
+    with pytest.raises(ModelError, match=message):
+        build(configuration(name, size=4), allowed_factories=[name])
+
+
+@pytest.mark.usefixtures("shapes_only")
+def test_auxiliary_heads_of_a_factory_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of torchvision's that a factory makes is treated as torchvision's own."""
+    module = types.ModuleType("odd_factories")
+    module.make = lambda num_classes: torchvision.models.googlenet(  # type: ignore[attr-defined]
+        num_classes=num_classes, aux_logits=True, init_weights=False
+    )
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    name = "odd_factories:make"
+    with torch.device("meta"):
+        network = build(configuration(name, size=32), allowed_factories=[name])
+        answers = network.train()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert answers.shape == (2, 3)
+    assert network.head is network.body.fc
 
 
 def test_an_allowed_factory_builds_and_loads(factories: list[int], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from sft.noise import LabelVerdict, NoiseAction, NoiseSettings, judge_labels
+from sft.noise import LabelVerdict, NoiseAction, NoiseSettings, _agreement, judge_labels
 
 SETTINGS = NoiseSettings()
 CLASSES = tuple(str(digit) for digit in range(10))
@@ -81,6 +81,24 @@ def test_hard_pictures_are_not_wrong_labels() -> None:
     hidden = np.random.default_rng(0).random(N) < 0.5
     x = np.where(hidden[:, None], np.random.default_rng(1).normal(8, 6, x.shape), x)
     assert not judged(x, y).stop
+
+
+@pytest.mark.parametrize(("second", "hard"), [(32, True), (48, False)])
+def test_labels_that_are_the_second_guess_are_no_hard_pictures(second: int, hard: bool) -> None:
+    """Sure predictions that 60 labels of 200 contradict, spread over the classes.
+
+    The label is the second guess of .16 of the samples, as on hard pictures, or of .24.
+    """
+    n, place = 400, np.arange(400)
+    predicted, offset = place % 10, 1 + place // 10 % 6
+    scores = np.zeros((n, 10))
+    scores[place, predicted] = 2 - place / n  # the first are the surest
+    scores[place, (predicted + offset) % 10] = 0.5
+    turn = (place + place // 10) % 10
+    contradicted = np.where(place < n // 2, turn < 3, turn < 8)
+    seconds = contradicted & (contradicted.cumsum() <= second)
+    step = np.where(seconds, offset, offset + 1) * contradicted
+    assert _agreement(scores, (predicted + step) % 10).hard is hard
 
 
 def test_suspicious_labels_are_those_that_are_wrong() -> None:

@@ -145,6 +145,20 @@ def test_of_equals_the_most_cautious_is_taken() -> None:
     assert found.settings.learning_rate == 1e-2
 
 
+def test_a_fold_without_an_old_sample_hides_no_old_loss() -> None:
+    """What is forgotten is told by the folds that hold old samples; NaN where none does."""
+    few = old(40)
+    some = few.take([i for i, name in enumerate(few.sample_ids) if fold_of(name, 3) > 0])
+    grid = {"learning_rate": [1e-2]}
+    (row,) = search(champion(), fresh(), some, HEAD, grid, now=never, folds=3).tried
+    assert row.folds == 3
+    assert math.isfinite(row.old)
+    assert row.loss == (row.fresh + row.old) / 2
+    (row,) = search(champion(), fresh(), None, HEAD, grid, now=never, folds=3).tried
+    assert math.isnan(row.old)
+    assert row.loss == row.fresh
+
+
 @pytest.mark.parametrize("name", sorted(set(SEARCHABLE) - {"learning_rate"}))
 def test_every_name_can_be_searched(name: str) -> None:
     """Each strength of L_pre and each regulariser reaches the loop on embeddings."""

@@ -10,12 +10,15 @@ import pytest
 from monitoring.features import FeatureTable, concatenate
 from monitoring.reference import Reference, Regime
 from monitoring.sequential import (
+    Running,
     StreamEvidence,
     StreamSettings,
     StreamState,
+    _baseline,
     _cusum_threshold,
     bets,
     fold,
+    step,
 )
 
 E_DETECTOR = StreamSettings()
@@ -161,6 +164,13 @@ def test_one_bet_that_loses_does_not_hold_back_another() -> None:
     assert alarms(states) == alarms(fold(stream(*[1e-3] * 6), E_DETECTOR, 0.01))
 
 
+def test_evidence_that_one_batch_lacks_is_kept() -> None:
+    """A component that a batch says nothing of goes on as it was, and may ring with the next."""
+    before = Running({"novelty": 5.0}, 3)
+    after, _ = step(before, StreamEvidence(0.5, {}), E_DETECTOR, 0.01)
+    assert after.sums["novelty"] == pytest.approx(math.log(1 + math.exp(5)))
+
+
 def test_an_unknown_component_carries_nothing() -> None:
     """Evidence of a later release under another name cannot break the declared rate."""
     assert alarms(fold(stream(*[0.5] * 5, later_idea=99.0), E_DETECTOR, 0.01)) == []
@@ -285,6 +295,22 @@ def test_mixtures_of_known_worlds_lose_their_bets() -> None:
             for name, value in bets(reference, batch).items():
                 total[name] += value
         assert max(total.values()) < 3, sketches
+
+
+def test_of_regimes_of_one_look_the_widest_bounds_hold() -> None:
+    """Two mixes of classes that look alike: a share is bet on beyond what either may have."""
+    rng = np.random.default_rng(8)
+    names = ("c0", "c1", "c2")
+    regimes = tuple(
+        Regime(name, table(rng, 600, shares=shares), np.full(600, -1))
+        for name, shares in (("summer", (0.5, 0.3, 0.2)), ("winter", (0.4, 0.3, 0.3)))
+    )
+    (both,) = _baseline(Reference(regimes, names)).cells
+    alone = [_baseline(Reference((regime,), names)).cells[0] for regime in regimes]
+    assert both.lower.tolist() == np.min([cell.lower for cell in alone], axis=0).tolist()
+    assert both.upper.tolist() == np.max([cell.upper for cell in alone], axis=0).tolist()
+    assert alone[0].lower[0] > alone[1].lower[0]
+    assert alone[0].upper[2] < alone[1].upper[2]
 
 
 @pytest.mark.parametrize("n", [1, 2, 9])

@@ -22,6 +22,7 @@ from sft.evaluate import answer
 from sft.models import ModelConfig, Network, build, widen
 from sft.objectives import EWC, class_weights
 from sft.pictures import Preprocessing
+from sft.strategies import Strategy
 from sft.train import (
     LEAST_VALIDATION,
     Epoch,
@@ -120,6 +121,31 @@ def test_batch_norm_statistics_move_only_when_told() -> None:
     )
     assert not statistics & frozen
     assert statistics <= free
+
+
+def test_a_corrected_momentum_is_told() -> None:
+    """Statistics that could not follow within the steps are made to, and the notes say so."""
+    start = network(batch_norm=True)
+    start.body[1].momentum = 0.01
+    (note,) = fine_tune(start, pictures(), settings(freeze_batch_norm=False)).notes
+    assert note.startswith("1 batch-norm layers had a momentum of 0.01, which after 6 steps")
+    assert fine_tune(start, pictures(), settings()).notes == ()
+
+
+def test_batch_norm_learns_from_no_single_sample() -> None:
+    """Batches of one are refused by name; old samples beside it, or frozen statistics, help."""
+    start = network(batch_norm=True)
+    start.body[0], start.body[3], start.body[6] = nn.Conv2d(1, 8, 8), nn.Identity(), nn.Linear(8, 3)
+    one = settings(batch_size=1, freeze_batch_norm=False)
+    with pytest.raises(TrainingError, match=r"one sample: set batch_size to 2 .* freeze_batch_no"):
+        fine_tune(start, pictures(4), one)
+    assert fine_tune(start, pictures(4), one, memory=pictures(6, prefix="old")).epochs
+    for able in (
+        replace(one, freeze_batch_norm=True),
+        replace(one, strategy=Strategy.HEAD),  # which leaves statistics alone
+        replace(one, batch_size=3),  # the last one of four joins those before it
+    ):
+        assert fine_tune(start, pictures(4), able).epochs
 
 
 def test_it_learns() -> None:
