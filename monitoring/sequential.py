@@ -21,7 +21,7 @@ from scipy import stats
 
 from monitoring.features import ROUNDING_ERROR
 from monitoring.kept import kept_with
-from monitoring.reference import MIN_ROWS, Mask, Portion, Reference, portions
+from monitoring.reference import MIN_ROWS, Mask, Reference, portions, route
 
 if TYPE_CHECKING:
     from monitoring.features import FeatureTable, Floats, Integers
@@ -335,8 +335,10 @@ def bets(reference: Reference, batch: FeatureTable) -> dict[str, float]:
     not against its estimate. If the bounds hold, a quiet batch has a mean e of at most 1.
 
     Rows are bet on by the world that they are nearest to, against reference rows of the same; so
-    mixtures of known worlds in any shares stay quiet. What the reference needs is found once for
-    each reference object.
+    mixtures of known worlds in any shares stay quiet. A part that `assign` put back with another
+    one stays there, unless regimes of that one are known to send rows where it lies: those of a
+    regime that differs by its mix of classes alone are no strays. What the reference needs is found
+    once for each reference object.
 
     Raises:
         ValueError: if the batch cannot be compared with the reference, or a regime is too small.
@@ -348,21 +350,27 @@ def bets(reference: Reference, batch: FeatureTable) -> dict[str, float]:
     scores = np.column_stack([*far, batch.entropy])
     said = _in_groups(batch.said, baseline.group, len(baseline.names))
     log_e = np.zeros(1 + 2 * len(baseline.names))
+    nearest = route(reference, batch)
     for portion in cut:
-        log_e += _portion_bets(baseline.cells[portion.world], scores, said, portion)
+        world = nearest[portion.rows]
+        for other in np.unique(world):
+            if not baseline.cells[other].bounded.intersection(reference.members[portion.world]):
+                world[world == other] = portion.world
+        for cell in np.unique(world):
+            rows = portion.rows[world == cell]
+            log_e += _cell_bets(baseline.cells[cell], scores[rows], said[rows])
     ways = ("rarer", "more common")
     names = [NOVELTY, *(f"{name} {way}" for way in ways for name in baseline.names)]
     return dict(zip(names, log_e.tolist(), strict=True))
 
 
-def _portion_bets(cell: _Cell, scores: Floats, said: Mask, portion: Portion) -> Floats:
-    rows = portion.rows
-    novelty = np.log(cell.bet(scores[rows])).sum() - len(rows) * cell.log_bound
-    counts = said[rows].sum(axis=0)
-    rarer = _binomial_log_ratio(counts, len(rows), cell.lower, cell.lower / 2)
+def _cell_bets(cell: _Cell, scores: Floats, said: Mask) -> Floats:
+    novelty = np.log(cell.bet(scores)).sum() - len(scores) * cell.log_bound
+    counts = said.sum(axis=0)
+    rarer = _binomial_log_ratio(counts, len(said), cell.lower, cell.lower / 2)
     raised = cell.upper + np.maximum(cell.upper / 2, MIN_SHARE_ADDED)
     commoner = np.minimum(raised, (1 + cell.upper) / 2)
-    common = _binomial_log_ratio(counts, len(rows), cell.upper, commoner)
+    common = _binomial_log_ratio(counts, len(said), cell.upper, commoner)
     return np.concatenate([[novelty], rarer, common])
 
 
@@ -385,6 +393,7 @@ class _Cell:
         ordered: (3, n), each score in ascending order: two distances and the entropy.
         surprise: (n,), the scores' ranks put together, ascending.
         mean: of the density over the reference rows.
+        bounded: the regimes that the bounds are of, as they stand in the reference.
         log_bound: of the mean bet, for the regime with the largest.
         lower: (groups,), bounds of the predicted shares: the smallest of any regime.
         upper: the largest of any regime.
@@ -394,6 +403,7 @@ class _Cell:
     ordered: Floats
     surprise: Floats
     mean: float
+    bounded: frozenset[int]
     log_bound: float
     lower: Floats
     upper: Floats
@@ -474,6 +484,7 @@ def _cell(scores: Floats, said: Mask, counted: Mask, regime: Integers) -> _Cell:
         ordered,
         ascending,
         mean,
+        frozenset(large.tolist()),
         math.log(max(bounds)),
         np.min(lower, axis=0),
         np.max(upper, axis=0),

@@ -297,6 +297,22 @@ def test_mixtures_of_known_worlds_lose_their_bets() -> None:
         assert max(total.values()) < 3, sketches
 
 
+def test_worlds_that_differ_by_their_classes_alone_lose_their_bets() -> None:
+    """Both mixes are known, so a batch of either, or of both, is quiet; a third mix is not."""
+    rng = np.random.default_rng(8)
+    mixes = ((0.6, 0.3, 0.1), (0.1, 0.3, 0.6))
+    regimes = tuple(
+        Regime(str(mix), table(rng, 600, shares=mix), np.full(600, -1)) for mix in mixes
+    )
+    reference = Reference(regimes, ("c0", "c1", "c2"))
+    assert len(reference.worlds) == 2
+    for mix in (*mixes, (0.35, 0.3, 0.35)):
+        found = [bets(reference, table(rng, 100, shares=mix)) for _ in range(20)]
+        assert max(sum(one[name] for one in found) for name in found[0]) < 3, mix
+    third = bets(reference, table(rng, 100, shares=(0.2, 0.8, 0.0)))
+    assert max(third.values()) > 5
+
+
 def test_of_regimes_of_one_look_the_widest_bounds_hold() -> None:
     """Two mixes of classes that look alike: a share is bet on beyond what either may have."""
     rng = np.random.default_rng(8)
