@@ -54,11 +54,11 @@ DISTANCE = "drift.distance"
 NEARLY_ALL = 0.9
 BATCHES_OF_REFERENCE = 10
 MAX_PAST = 200
+"""Earlier checks that a report draws."""
 LATER_WORDS = (
     "this page was made before labels of the batch were compared with its answers: what they say"
     " stands in `sustain status` and on the check's run in MLflow, as accuracy.settled"
 )
-"""Earlier checks that a report draws."""
 
 
 @dataclass(frozen=True)

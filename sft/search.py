@@ -22,7 +22,7 @@ from sft.models import Network
 from sft.ranges import positive
 from sft.strategies import Strategy, boundary, phases
 from sft.tasks import Task
-from sft.train import TrainingError, TrainingSettings, fine_tune
+from sft.train import DivergedError, TrainingError, TrainingSettings, fine_tune
 
 SEARCHABLE = (
     "learning_rate", "weight_decay", "label_smoothing", "dropout", "rehearsal", "l2_sp", "ewc",
@@ -153,8 +153,8 @@ def search(
         The same for the same seed and samples, as long as the budget cuts nothing short.
 
     Raises:
-        SearchError: an empty grid or one with unknown names or values, fewer than two folds, or no
-            candidate with a finite loss.
+        SearchError: an empty grid or one with unknown names or values, fewer than two folds, what
+            `fine_tune` refuses, or no candidate with a finite loss.
     """
     candidates = _candidates(grid)
     if memory is not None and not len(memory):
@@ -380,8 +380,10 @@ def _losses(network: Network, fold: _Fold, settings: TrainingSettings) -> tuple[
     """Tune without a fold; give the mean losses on it, fresh and old. Infinite: it blew up."""
     try:
         tuned = fine_tune(network, fold.fresh, settings, memory=fold.memory)
-    except TrainingError:
+    except DivergedError:
         return math.inf, math.inf
+    except TrainingError as error:
+        raise SearchError(str(error)) from error
     if len(tuned.epochs) < settings.epochs:  # nothing stops early but numbers that are not finite
         return math.inf, math.inf
     return _loss(tuned.network, fold.fresh_out), _loss(tuned.network, fold.memory_out)

@@ -53,6 +53,10 @@ class TrainingError(ValueError):
     """Training cannot start or go on; the message names the thing and the way out."""
 
 
+class DivergedError(TrainingError):
+    """The loss was no number any more before the first epoch had ended."""
+
+
 class StopBy(StrEnum):
     """What early stopping looks at."""
 
@@ -263,7 +267,7 @@ def fine_tune(
                         f" {number}: lower learning_rate ({settings.learning_rate:g})"
                     )
                     if not history:
-                        raise TrainingError(stopped) from None
+                        raise DivergedError(stopped) from None
                     break
                 epoch = _validated(views[0], number, train_loss, validated, rate)
                 history.append(epoch)

@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from sft.strategies import Strategy
 from sft.train import TrainingSettings, fine_tune
 
 HEAD = TrainingSettings(epochs=4, batch_size=32, strategy=Strategy.HEAD)
+FACTORY = "samples:batch_norm_net"
 RATES = {"learning_rate": [1e-5, 1e-2, 3.0]}
 
 
@@ -276,6 +278,16 @@ def test_a_grid_that_makes_no_sense_is_refused(grid: dict[str, list[float]], mes
     """The message names what is wrong with it."""
     with pytest.raises(SearchError, match=message):
         search(champion(), fresh(20), old(20), HEAD, grid, now=never, folds=2)
+
+
+def test_what_cannot_be_trained_is_named() -> None:
+    """It is not taken for rates that are too large."""
+    settings = TrainingSettings(
+        epochs=1, batch_size=1, rehearsal=0.0, strategy=Strategy.FULL, freeze_batch_norm=False
+    )
+    network = build(replace(champion().config, architecture=FACTORY), allowed_factories={FACTORY})
+    with pytest.raises(SearchError, match="statistics from batches of one sample"):
+        search(network, fresh(20), old(20), settings, RATES, now=never, folds=2)
 
 
 def test_one_fold_is_refused() -> None:
