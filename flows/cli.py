@@ -243,7 +243,7 @@ def promote(settings_file: Path, version: int | None, why: str | None) -> None:
     Ends with the exit code 1 if the version does not become champion.
     """
     settings = _begin(settings_file)
-    _require_version(settings, version, or_challenger=True)
+    _require_candidate(settings, version)
     from flows.promote import promote as flow
 
     done = flow(str(settings.path), version=version, why=why, who=getuser())
@@ -260,7 +260,8 @@ def promote(settings_file: Path, version: int | None, why: str | None) -> None:
 def rollback(settings_file: Path, to: int | None, why: str) -> None:
     """Give the alias champion back to an earlier version, after a load test."""
     settings = _begin(settings_file)
-    _require_version(settings, to)
+    if to is not None:
+        _require_version(settings, to)
     from flows.rollback import rollback as flow
 
     done = flow(str(settings.path), to=to, why=why, who=getuser())
@@ -563,17 +564,23 @@ def _begin(settings_file: Path, *, needs_prefect: bool = True) -> Settings:
     return settings
 
 
-def _require_version(
-    settings: Settings, number: int | None, *, or_challenger: bool = False
-) -> None:
+def _require_version(settings: Settings, number: int) -> None:
     """Refuse a version that there is not, before Prefect is started for it."""
     from flows.registry import Registry
 
+    Registry(settings).version(number)
+
+
+def _require_candidate(settings: Settings, number: int | None) -> None:
+    """Refuse to judge what there is not, or against nothing, before Prefect is started for it."""
+    from flows.registry import Registry
+
     registry = Registry(settings)
-    if number is not None:
-        registry.version(number)
-    elif or_challenger:
+    registry.champion()
+    if number is None:
         registry.challenger()
+    else:
+        registry.version(number)
 
 
 def _share(settings: Settings) -> None:
