@@ -225,6 +225,9 @@ def test_what_was_rolled_back_is_not_made_again_from_further_back(tmp_path: Path
     more = pd.DataFrame({"sample_id": [f"b/{n}" for n in range(400)], "label": "x"})
     assert remade(pd.concat([table, more]), two, three) is None
     assert remade(table, two) is None  # nobody has rolled it back
+    settings = replace(settings, gate=replace(settings.gate, approval="manual"))
+    waits = "version 2, which waits for approval (0 labels are new since)"
+    assert remade(table[:400], two) == waits
 
 
 def test_older_versions_are_read_only_while_enough_labels_are_untried() -> None:

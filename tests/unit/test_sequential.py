@@ -15,6 +15,7 @@ from monitoring.sequential import (
     StreamSettings,
     StreamState,
     _baseline,
+    _cell,
     _cusum_threshold,
     bets,
     fold,
@@ -415,3 +416,23 @@ def test_a_batch_of_another_version_is_refused() -> None:
         bets(reference, table(rng, 10, d=9))
     with pytest.raises(ValueError, match="no rows"):
         bets(reference, table(rng, 1).take([]))
+
+
+def test_novelty_is_bet_on_beyond_what_either_regime_looks_like() -> None:
+    """One regime of a world lies farther out than the other, and its rows win nothing either."""
+    rng = np.random.default_rng(3)
+    near, far = rng.uniform(0, 1, (300, 3)), rng.uniform(0.5, 3, (300, 3))
+    regime = np.repeat([0, 1], 300)
+    scores, said = np.concatenate([near, far]), np.ones((600, 1), dtype=np.bool_)
+    cell = _cell(scores, said, np.ones(600, dtype=np.bool_), regime)
+    mean_near, mean_far = (cell.bet(rows).mean() for rows in (near, far))
+    assert mean_near < mean_far < math.exp(cell.log_bound) < mean_far * 1.1
+
+
+def test_a_rare_class_is_bet_on_as_soon_as_a_few_come() -> None:
+    """Of a class of .2 % five in a hundred count much; half as many again would say little."""
+    rng = np.random.default_rng(4)
+    rare = (0.598, 0.4, 0.002)
+    reference = reference_of(table(rng, 2000, shares=rare))
+    batch = concatenate([table(rng, 95, shares=rare), table(rng, 5, shares=(0.0, 0.0, 1.0))])
+    assert bets(reference, batch)["class 'c2' more common"] > 4
