@@ -44,7 +44,10 @@ TOLD_SKEW = timedelta(minutes=1)
 LEVEL = 0.025
 """At which labels show a fall: that of the upper end of a 95 % interval."""
 MANY_LABELS = 100_000
-"""So many that their own error is nothing beside a reference's."""
+MANY_TIMES = 100
+"""Labels, and times the reference's, so many that their own error is nothing beside its."""
+FINEST_FALL = 1e-5
+"""For a smaller one no number of labels is looked for: it would be in the thousands of millions."""
 
 
 class FreshFrom(StrEnum):
@@ -699,19 +702,24 @@ def smallest_fall(reference: float, reference_n: int) -> float:
         A share in 0..1; 1 where none can be shown.
     """
     known_right = round(reference * reference_n)
-    low, high = -1, round(reference * MANY_LABELS)  # shown, and not shown
+    many = max(MANY_LABELS, MANY_TIMES * reference_n)
+    low, high = -1, round(reference * many)  # shown, and not shown
     while high - low > 1:
         middle = (low + high) // 2
-        if _as_low_by_chance(middle, MANY_LABELS, known_right, reference_n) < LEVEL:
+        if _as_low_by_chance(middle, many, known_right, reference_n) < LEVEL:
             low = middle
         else:
             high = middle
-    return reference - low / MANY_LABELS if low >= 0 else 1.0
+    return reference - low / many if low >= 0 else 1.0
 
 
 def reference_needed(reference: float, min_drop: float) -> int:
-    """Give how many labels the reference needs for a fall of `min_drop` to be shown."""
-    n = 1
+    """Give how many labels the reference needs for a fall of `min_drop` to be shown.
+
+    `reference` is over 0: an accuracy of 0 cannot fall.
+    """
+    min_drop = max(min_drop, FINEST_FALL)
+    n = max(1, round(1.92 * reference * (1 - reference) / min_drop**2))  # half, if it were normal
     while smallest_fall(reference, n) > min_drop:
         n = math.ceil(1.1 * n) + 1
     return n

@@ -790,7 +790,8 @@ def test_the_smallest_fall_that_labels_can_show(reference: float, n: int) -> Non
 
 def test_a_reference_that_suffices_for_a_fall() -> None:
     """With so many labels it can be shown, with a tenth fewer not."""
-    for reference, drop in ((0.8, 0.05), (0.95, 0.02)):
+    for reference, drop in ((0.8, 0.05), (0.95, 0.02), (0.5, 0.002)):
         n = reference_needed(reference, drop)
         assert smallest_fall(reference, n) <= drop < smallest_fall(reference, int(0.85 * n))
     assert smallest_fall(0.0, 100) == 1
+    assert reference_needed(0.9, 1e-9) > 10**9  # a fall that nobody can look for ends the search
