@@ -20,6 +20,7 @@ on the CPU does not differ.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -108,7 +109,14 @@ class Team:
         if self.size == 1:
             return
         gradients = [one.grad for one in network.parameters() if one.grad is not None]
-        large = [one for one in gradients if one.numel() >= LARGE and _dense(one)]
+        # autograd may give two parameters that are added up one memory, to be averaged once
+        places = [one.untyped_storage().data_ptr() for one in gradients]
+        uses = Counter(places)
+        large = [
+            one
+            for one, place in zip(gradients, places, strict=True)
+            if one.numel() >= LARGE and _dense(one) and uses[place] == 1
+        ]
         small = [one for one in gradients if not any(one is other for other in large)]
         sent = [
             dist.all_reduce(one.as_strided((one.numel(),), (1,)), group=self.group, async_op=True)
@@ -117,11 +125,11 @@ class Team:
         if small:
             flat = torch.cat([one.reshape(-1) for one in small])
             dist.all_reduce(flat, group=self.group)
-            for one, total in zip(small, flat.split([g.numel() for g in small]), strict=True):
-                one.copy_(total.view_as(one))
-        for work in sent:
+            flat /= self.size
+            for one, mean in zip(small, flat.split([g.numel() for g in small]), strict=True):
+                one.copy_(mean.view_as(one))
+        for work, one in zip(sent, large, strict=True):
             work.wait()
-        for one in gradients:
             one.div_(self.size)
 
     def agree(self, values: Sequence[float]) -> list[float]:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from samples import optical_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sft.after import tune
 from sft.dataset import LabelledPictures, batches, join
-from sft.distributed import ALONE
+from sft.distributed import ALONE, Team
 from sft.evaluate import answer
 from sft.models import ModelConfig, Network, build, widen
 from sft.objectives import EWC, class_weights
@@ -470,3 +471,26 @@ def test_rehearsal_prevents_forgetting() -> None:
     )
     assert answer(rehearsed, fresh_holdout).accuracy > answer(start, fresh_holdout).accuracy + 0.2
     assert answer(rehearsed, old_holdout).accuracy > answer(without, old_holdout).accuracy + 0.1
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """Open gloo's group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("side", [8, 64])
+def test_gradients_that_share_their_memory_are_averaged_once(side: int) -> None:
+    """Autograd gives parameters that are reshaped and added up one gradient in one place."""
+    net = nn.ParameterList(nn.Parameter(torch.zeros(side * side)) for _ in range(2))
+    given = torch.randn(side, side)
+    ((net[0].view(side, side) + net[1].view(side, side)) * given).sum().backward()
+    first, second = (one.grad for one in net)
+    assert first is not None
+    assert second is not None
+    assert first.data_ptr() == second.data_ptr()
+    Team(0, 2).average_gradients(net)  # the other process has a gradient of zero, so to speak
+    assert torch.equal(first, given.view(-1) / 2)
