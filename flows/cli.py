@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flows.settings import Settings
 
 P = ParamSpec("P")
-console = Console()
+console = Console(emoji=False)  # a batch may be called a:car:b
 settings_option = click.option(
     "--settings",
     "-s",
@@ -618,7 +618,9 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _fail(message: str) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True)
+    Console(stderr=True, emoji=False).print(
+        f"[bold red]error:[/] {_escaped(message)}", soft_wrap=True
+    )
     sys.exit(1)
 
 

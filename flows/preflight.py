@@ -107,7 +107,13 @@ def require_pictures(data: str, label_column: str) -> None:
         raise BootstrapError(f"there is no folder at {data}: {expected(label_column)}")
     if not folder.is_dir():
         raise BootstrapError(f"{data} is a file, not a folder: {expected(label_column)}")
-    if not any(file for _, _, files in os.walk(folder) for file in files):
+    # what is linked, or may not be opened, is told of when it is read
+    closed: list[OSError] = []
+    found = any(
+        files or any((Path(at) / name).is_symlink() for name in folders)
+        for at, folders, files in os.walk(folder, onerror=closed.append)
+    )
+    if not found and not closed:
         raise BootstrapError(f"the folder {data} is empty: {expected(label_column)}")
 
 

@@ -56,7 +56,7 @@ def print_table(
 
 def print_line(console: Console, text: str) -> None:
     """Print a text as it is, which the terminal alone may break: what is copied is whole."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _words(cells: Sequence[str]) -> list[str]:

@@ -98,3 +98,11 @@ def test_what_only_the_storage_or_the_environment_knows_is_left_to_later(tmp_pat
     refuse_bootstrap(
         settings(tmp_path, 'architecture = "x"\nweights = "DEFAULT"'), data, None, None
     )
+
+
+def test_linked_classes_are_left_to_who_reads_them(tmp_path: Path) -> None:
+    """A folder of links is not empty: that they lead out of it is told of each, later."""
+    path, data = settings(tmp_path), tmp_path / "data"
+    data.mkdir()
+    (data / "cat").symlink_to(picture(tmp_path / "elsewhere") / "cat")
+    refuse_bootstrap(path, str(data), None, None, environ={})

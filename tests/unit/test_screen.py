@@ -37,6 +37,14 @@ def test_no_word_and_no_date_is_broken(width: int) -> None:
         assert max(map(len, text.splitlines())) <= width
 
 
+def test_a_line_is_printed_as_it_is() -> None:
+    """Neither markup nor the names of emojis are looked for in what is called otherwise."""
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    print_line(console, "a:car:b [red] 12:100:00")
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "a:car:b [red] 12:100:00\n"
+
+
 def test_the_form_follows_the_width() -> None:
     """Lines around the cells where there is room, a line a row where there is none."""
     assert "━" in printed(200, ROWS)
