@@ -153,8 +153,8 @@ def search(
         The same for the same seed and samples, as long as the budget cuts nothing short.
 
     Raises:
-        SearchError: an empty grid or one with unknown names or values, fewer than two folds, what
-            `fine_tune` refuses, or no candidate with a finite loss.
+        SearchError: an empty grid or one with unknown names or values, fewer than two folds, or no
+            candidate with a finite loss, such as where `fine_tune` refuses each.
     """
     candidates = _candidates(grid)
     if memory is not None and not len(memory):
@@ -222,6 +222,7 @@ class _Race:
     losses: list[list[tuple[float, float]]] = field(init=False)
     running: list[int] = field(init=False)
     stopped: str = "every candidate ran on every fold"
+    refused: str = ""
 
     def __post_init__(self) -> None:
         self.losses = [[] for _ in self.candidates]
@@ -244,7 +245,11 @@ class _Race:
                     self.stopped = f"the budget: {place} of {len(self.folds)} folds were finished"
                     return
                 settings = _with(self.settings, self.candidates[candidate])
-                self.losses[candidate].append(_losses(self.network, fold, settings))
+                try:
+                    found = _losses(self.network, fold, settings)
+                except TrainingError as error:  # others may be able to: with rehearsal, for one
+                    found, self.refused = (math.inf, math.inf), str(error)
+                self.losses[candidate].append(found)
 
     def _drop(self, cost: float) -> None:
         """Drop the worse half as long as the rest of the folds would cost too much."""
@@ -263,7 +268,8 @@ class _Race:
         best = min(finals, key=lambda one: (self._mean(one, most), one))
         if not math.isfinite(self._mean(best, most)):
             raise SearchError(
-                "no candidate ended with a finite loss: give the grid smaller learning rates"
+                self.refused
+                or "no candidate ended with a finite loss: give the grid smaller learning rates"
             )
         if most == 1:
             return self.candidates[best]
@@ -382,8 +388,6 @@ def _losses(network: Network, fold: _Fold, settings: TrainingSettings) -> tuple[
         tuned = fine_tune(network, fold.fresh, settings, memory=fold.memory)
     except DivergedError:
         return math.inf, math.inf
-    except TrainingError as error:
-        raise SearchError(str(error)) from error
     if len(tuned.epochs) < settings.epochs:  # nothing stops early but numbers that are not finite
         return math.inf, math.inf
     return _loss(tuned.network, fold.fresh_out), _loss(tuned.network, fold.memory_out)

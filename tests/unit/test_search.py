@@ -280,6 +280,18 @@ def test_a_grid_that_makes_no_sense_is_refused(grid: dict[str, list[float]], mes
         search(champion(), fresh(20), old(20), HEAD, grid, now=never, folds=2)
 
 
+def test_a_candidate_that_cannot_be_trained_loses_to_one_that_can() -> None:
+    """Fresh labels of one class are nothing to learn from without the old ones."""
+    labels = fresh().labels
+    one = fresh().take(torch.flatten(torch.nonzero(labels == labels[0])).tolist())
+    grid = {"rehearsal": [0.0, 0.5]}
+    found = search(champion(), one, old(), HEAD, grid, now=never, folds=3)
+    assert found.settings.rehearsal == 0.5
+    assert [math.isinf(row.fresh) for row in found.tried] == [True, False]
+    with pytest.raises(SearchError, match="class"):
+        search(champion(), one, old(), HEAD, {"rehearsal": [0.0]}, now=never, folds=3)
+
+
 def test_what_cannot_be_trained_is_named() -> None:
     """It is not taken for rates that are too large."""
     settings = TrainingSettings(
