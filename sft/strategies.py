@@ -129,10 +129,11 @@ def stages(network: Network) -> tuple[Stage, ...]:
     before it, dropout the one after it. Containers are opened until the head stands alone and at
     least `LEAST_BLOCKS` blocks lie before it, where there are as many; residual blocks are never
     cut. Parameters that lie on an opened container itself (a class token, position embeddings)
-    belong to the first stage. The order is that in which the modules were registered, but for the
-    head: in every torchvision classifier the order in which they run.
+    belong to the first stage. The order is that in which the modules were registered, in every
+    torchvision classifier that in which they run; but for the head, and for a norm after it, which
+    counts as one before it unless a Sequential has both.
     """
-    units = _units(network)
+    units, head = _units(network), _head_name(network)
     owners: list[list[str]] = []
     opened: list[str] = []
     waiting: list[str] = []
@@ -144,11 +145,16 @@ def stages(network: Network) -> tuple[Stage, ...]:
             owners.append([*waiting, unit])
             opened.append(unit)
             waiting = []
-        else:
+        elif opened[-1] != head or not _may_run_before(network, unit, head):
             owners[-1] += [*waiting, unit]
             waiting = []
+        elif len(owners) > 1:
+            owners[-2] += [*waiting, unit]
+            waiting = []
+        else:
+            waiting.append(unit)
     owners[-1] += waiting
-    place = opened.index(_head_name(network))
+    place = opened.index(head)
     owners.append(owners.pop(place))  # a network of the user's may register others after its head
     opened.append(opened.pop(place))
     merged = _merge_bare_start(network, owners, opened)
@@ -347,6 +353,15 @@ def _head_name(network: Network) -> str:
     last = network.head
     found: str = next(name for name, module in network.named_modules() if module is last)
     return found
+
+
+def _may_run_before(network: Network, unit: str, head: str) -> bool:
+    """Whether a norm registered after the head is none of it: not where one Sequential has both."""
+    holder = head.rpartition(".")[0]
+    together = unit.startswith(f"{holder}.")
+    in_order = together and isinstance(network.get_submodule(holder), nn.Sequential)
+    norm = any(True for _ in network.get_submodule(unit).parameters())
+    return norm and not in_order
 
 
 def _opened(modules: dict[str, nn.Module], units: list[str], holder: str) -> list[str]:

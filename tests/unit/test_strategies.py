@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sft.cache import Tail
-from sft.models import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, Network, build
+from sft.models import HEAD_NAME, IMAGENET_MEAN, IMAGENET_STD, ModelConfig, Network, build
 from sft.pictures import Preprocessing
 from sft.strategies import (
     Phase,
@@ -126,6 +126,35 @@ def test_stages_of_an_architecture(architecture: str, expected: list[str]) -> No
     assert sorted(names) == sorted(name for name, _ in network.named_parameters())
     head = {id(value) for value in network.head.parameters()}
     assert {id(dict(network.named_parameters())[n]) for n in found[-1].parameters} == head
+
+
+@pytest.mark.parametrize(
+    ("order", "trunk"),
+    [
+        ("trunk fc norm", "trunk norm"),
+        ("trunk fc drop norm", "trunk drop norm"),
+        ("fc norm trunk", "norm trunk"),
+        ("norm fc trunk", "norm trunk"),
+        ("trunk norm drop fc", "trunk norm"),
+    ],
+)
+def test_the_head_stands_alone_wherever_it_was_registered(order: str, trunk: str) -> None:
+    """A norm that a network registers after its head runs before it, and is none of it."""
+    layers = {"fc": nn.Linear(4, 3), "trunk": nn.Linear(4, 4), "drop": nn.Dropout()}
+    body = nn.Module()
+    for name in order.split():
+        body.add_module(name, layers.get(name, nn.LayerNorm(4)))
+    setattr(body, HEAD_NAME, "fc")
+    first, last = stages(Network(configuration("tests:body", 8), body))
+    assert last.parameters == HEAD
+    assert first.modules == tuple(f"body.{name}" for name in trunk.split())
+
+
+def test_what_follows_the_head_in_a_sequential_stays_with_it() -> None:
+    """There it runs after the head: a convolution's norm, activation and pooling."""
+    layers = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1)]
+    last = stages(Network(configuration("tests:body", 8), nn.Sequential(*layers, nn.Flatten())))[-1]
+    assert last.modules == ("body.1", "body.2", "body.3", "body.4")
 
 
 def test_a_body_within_a_body_is_opened() -> None:
