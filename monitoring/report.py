@@ -42,7 +42,7 @@ from evidently.ui.storage.local.base import DOT_JSON, SNAPSHOTS_DIR_NAME, LocalS
 from monitoring.columns import Columns, summary_columns
 from monitoring.features import Kind
 from monitoring.figures import Past, clip, history, pairs
-from monitoring.policy import MIN_SETTLED, ROUNDING, Action, PolicySettings, has_fallen
+from monitoring.policy import ROUNDING, Action, PolicySettings, has_fallen
 from monitoring.words import p_words
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ class Page:
         notes: findings, in words.
         at: when it was checked; now if it is None.
         min_drop: fall in accuracy that counts as damage.
-        settled: accuracy on the labels of this batch, if there are any.
-        settled_n: how many those are.
-        later_words: where what labels say that come later is told; shown while there are none.
+        later_words: where what labels say that come later is told.
 
     """
 
@@ -119,8 +117,6 @@ class Page:
     notes: tuple[str, ...] = ()
     at: datetime | None = None
     min_drop: float = field(default_factory=lambda: PolicySettings().min_drop)
-    settled: float | None = None
-    settled_n: int = 0
     later_words: str = ""
 
 
@@ -264,16 +260,8 @@ class EstimatedAccuracyCalculation(SingleValueCalculation[EstimatedAccuracy]):  
             else f"On the reference {found.reference:.3f} are right, within the tolerance; "
             f"{found.novelty:.1%} of the pictures are novel."
         )
-        settled = (
-            f"On {page.settled_n} labels of this batch it is {page.settled:.3f}."
-            if page.settled is not None
-            else _sentence(page.later_words)
-        )
-        result.widget = [
-            _card(
-                "Does it hurt?", answer, colour, words, settled, _sentence(page.error_words), trust
-            )
-        ]
+        told = (_sentence(page.later_words), _sentence(page.error_words))
+        result.widget = [_card("Does it hurt?", answer, colour, words, *told, trust)]
         return result
 
     def display_name(self) -> str:
@@ -407,13 +395,8 @@ class SlicesThatRangCalculation(SingleValueCalculation[SlicesThatRang]):  # type
 
 
 def _does_it_hurt(page: Page) -> tuple[str, str]:
-    """Answer the second question, with its card's colour: by labels if enough came, else guess."""
+    """Answer the second question by the estimate, with its card's colour."""
     found = page.estimate
-    if page.settled is not None and page.settled_n >= MIN_SETTLED:
-        change = f"{found.reference:.3f} → {page.settled:.3f}"
-        if has_fallen(found.reference, page.settled, page.min_drop):
-            return f"By labels yes: {change}", "error"
-        return f"By labels no: {change}", "success"
     fell = has_fallen(found.reference, found.value, page.min_drop)
     if not found.believable:
         return "Probably, by an unknown amount" if fell else "Not known", "warning"
@@ -655,7 +638,6 @@ def _history(page: Page) -> Any:
         estimated=estimate.value,
         low=estimate.low,
         high=estimate.high,
-        settled=page.settled,
     )
     checks = [*page.past[-MAX_PAST + 1 :], now]
     data, layout = history(

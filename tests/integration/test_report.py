@@ -18,13 +18,13 @@ from browser import open_tab
 from evidently.ui.workspace import Workspace
 from PIL import Image
 
-from monitoring.accuracy import Estimate, estimate_accuracy
+from monitoring.accuracy import estimate_accuracy
 from monitoring.detectors import DetectionSettings, detect_drift
 from monitoring.features import FeatureTable
 from monitoring.figures import clip
 from monitoring.policy import Action, Decision
 from monitoring.reference import Reference, Regime
-from monitoring.report import Page, Past, _does_it_hurt, write_report
+from monitoring.report import Page, Past, write_report
 from monitoring.slices import Slice
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -178,29 +178,6 @@ def verdicts(workspace: Path, page: Page) -> dict[str, str]:
         for result in run.metric_results.values()
         for test in result.tests
     }
-
-
-@pytest.mark.parametrize(
-    ("settled", "n", "answer"),
-    [
-        (0.70, 40, ("By labels yes: 0.900 → 0.700", "error")),
-        (0.89, 40, ("By labels no: 0.900 → 0.890", "success")),
-        (0.70, 29, ("Not shown to: 0.900 → 0.880", "success")),  # too few labels to decide
-        (None, 0, ("Not shown to: 0.900 → 0.880", "success")),
-    ],
-)
-def test_the_headline_says_what_labels_said(
-    settled: float | None, n: int, answer: tuple[str, str]
-) -> None:
-    """Where enough labels came they answer whether it hurts, and the estimate no longer does."""
-    found = Estimate(0.88, 0.8, 0.95, 0.9, 0.0, believable=True)
-    page = dataclasses.replace(
-        make_page(n=30), estimate=found, settled=settled, settled_n=n, min_drop=0.05
-    )
-    assert _does_it_hurt(page) == answer
-    if n >= 30:
-        doubted = dataclasses.replace(page, estimate=dataclasses.replace(found, believable=False))
-        assert _does_it_hurt(doubted) == answer
 
 
 def test_report_says_what_was_found_in_the_order_of_the_questions(tmp_path: Path) -> None:
