@@ -535,12 +535,15 @@ def assign(reference: Reference, features: FeatureTable, min_part: int = MIN_PAR
     A part stays if it has at least `min_part` rows, and more than the largest part's world is
     likely to have sent there, judged by its own held-out rows that go astray.
     """
-    world = route(reference, features)
+    return _put_back(reference, route(reference, features), min_part)
+
+
+def _put_back(reference: Reference, world: Integers, min_part: int) -> Integers:
     counts = np.bincount(world, minlength=len(reference.members))
     largest = int(counts.argmax())
     sent = np.sum([_sent(reference, i) for i in reference.members[largest]], axis=0)
     # narrower than `_likely`: a part that stays in vain costs less than a known one put elsewhere
-    limit = stats.binom.ppf(0.99, len(features), (sent + 0.5) / (sent.sum() + 1))
+    limit = stats.binom.ppf(0.99, len(world), (sent + 0.5) / (sent.sum() + 1))
     small = ((counts < min_part) | (counts <= limit)) & (np.arange(len(counts)) != largest)
     return np.where(small[world], largest, world)
 
@@ -568,6 +571,7 @@ class Portion:
     Args:
         world: its position in `Reference.worlds`.
         rows: positions in the batch.
+        nearest: of each row, the world that it is nearest to; another one for strays put back.
         home: the world's own rows that the discriminant sends there too.
         candidates: each source that the rows may have come from, so selected: the world with and
             without strays, its regimes, other regimes that send as many there, and all of them
@@ -577,6 +581,7 @@ class Portion:
 
     world: int
     rows: Integers
+    nearest: Integers
     home: Regime
     candidates: tuple[Regime, ...]
 
@@ -599,8 +604,10 @@ def portions(
     if len(reference.regimes) == 1:
         reference.require_readable(features)
         only = reference.regimes[0]
-        return (Portion(0, np.arange(len(features)), only, (only,)),)
-    nearest, assigned = route(reference, features), assign(reference, features, min_part)
+        rows = np.arange(len(features))
+        return (Portion(0, rows, np.zeros_like(rows), only, (only,)),)
+    nearest = route(reference, features)
+    assigned = _put_back(reference, nearest, min_part)
     found = []
     for world in map(int, np.unique(assigned)):
         rows = np.flatnonzero(assigned == world)
@@ -618,7 +625,7 @@ def portions(
             candidates.append(reference.selected(members, cells))
         candidates += _others(reference, world, own, len(rows), len(features))
         candidates += _with_strays(reference, world, home, rows=len(rows), assigned=assigned)
-        found.append(Portion(world, rows, home, tuple(candidates)))
+        found.append(Portion(world, rows, nearest[rows], home, tuple(candidates)))
     return tuple(found)
 
 

@@ -21,7 +21,7 @@ from scipy import stats
 
 from monitoring.features import ROUNDING_ERROR
 from monitoring.kept import kept_with
-from monitoring.reference import MIN_ROWS, Mask, Reference, portions, route
+from monitoring.reference import MIN_ROWS, Mask, Reference, portions
 
 if TYPE_CHECKING:
     from monitoring.features import FeatureTable, Floats, Integers
@@ -350,9 +350,8 @@ def bets(reference: Reference, batch: FeatureTable) -> dict[str, float]:
     scores = np.column_stack([*far, batch.entropy])
     said = _in_groups(batch.said, baseline.group, len(baseline.names))
     log_e = np.zeros(1 + 2 * len(baseline.names))
-    nearest = route(reference, batch)
     for portion in cut:
-        world = nearest[portion.rows]
+        world = portion.nearest.copy()
         for other in np.unique(world):
             if not baseline.cells[other].bounded.intersection(reference.members[portion.world]):
                 world[world == other] = portion.world

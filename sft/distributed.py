@@ -110,14 +110,13 @@ class Team:
             return
         gradients = [one.grad for one in network.parameters() if one.grad is not None]
         # autograd may give two parameters that are added up one memory, to be averaged once
-        places = [one.untyped_storage().data_ptr() for one in gradients]
-        uses = Counter(places)
-        large = [
-            one
-            for one, place in zip(gradients, places, strict=True)
-            if one.numel() >= LARGE and _dense(one) and uses[place] == 1
-        ]
-        small = [one for one in gradients if not any(one is other for other in large)]
+        uses = Counter(map(_place, gradients))
+
+        def in_place(one: Tensor) -> bool:
+            return one.numel() >= LARGE and _dense(one) and uses[_place(one)] == 1
+
+        large = [one for one in gradients if in_place(one)]
+        small = [one for one in gradients if not in_place(one)]
         sent = [
             dist.all_reduce(one.as_strided((one.numel(),), (1,)), group=self.group, async_op=True)
             for one in large
@@ -151,6 +150,10 @@ def whole_batch(inputs: Tensor) -> Part | None:
     """
     part = _PART.get()
     return part if part and inputs.ndim and len(inputs) == len(part.rows) else None
+
+
+def _place(gradient: Tensor) -> int:
+    return gradient.untyped_storage().data_ptr()
 
 
 def _dense(gradient: Tensor) -> bool:
